@@ -1,0 +1,19 @@
+"""Fixtures that all tests may use. Tests never talk to a model hub: it is switched off."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests run side by side; tiny tensors gain nothing from threads, which then wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def bert_tiny() -> str:
+    """The folder of the embedded BERT-Tiny; downloaded into the user's cache the first time."""
+    from peftlab.models.embedded import embedded_path
+
+    return str(embedded_path("bert-tiny"))
