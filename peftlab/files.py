@@ -61,6 +61,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
+                # Some writers make files that only their owner may read.
+                Path(folder, name).chmod(0o666 & ~_umask())
                 _sync_file(Path(folder, name))
             sync_folder(Path(folder))
         temporary.chmod(0o777 & ~_umask())

@@ -140,6 +140,11 @@ def load_model(
     new = sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
     _check_weights(model, loaded, auto_class, new, sorted(info["unexpected_keys"]))
     loaded.newly_initialized = tuple(new)
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # In its first evaluation bitsandbytes would repack the weights, with scales rounded to
+            # bf16, for a kernel through which no gradient flows.
+            module.support_avx512bf16_for_cpu = False
     generation = getattr(loaded, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = config.get_text_config().pad_token_id

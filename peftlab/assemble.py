@@ -1,0 +1,112 @@
+"""From an experiment to objects: model, method, tokenizer, as every verb needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import set_seed
+from torch import nn
+
+from peftlab.anatomy import Anatomy, parameter_roles
+from peftlab.errors import IncompatibleError, Problem
+from peftlab.experiment.schema import Experiment
+from peftlab.methods.base import Method
+from peftlab.models.load import build_from_config, load_config, load_model, load_tokenizer
+from peftlab.results.record import ParameterCounts
+from peftlab.tasks.base import Splits, TaskKind
+from peftlab.train.modes import frozen_trunk, trunk_candidates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """An experiment's objects; ``model`` has its method attached.
+
+    Args:
+        trunk: modules that stay in eval mode while training.
+        notes: what the method noticed while attaching.
+    """
+
+    experiment: Experiment
+    kind: TaskKind[Any]
+    splits: Splits
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+    method: Method[Any]
+    model: nn.Module
+    params: ParameterCounts
+    trunk: Sequence[nn.Module]
+    notes: tuple[str, ...]
+
+
+def check_model(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Anatomy:
+    """Build the architecture without storage and check the method against it.
+
+    Raises:
+        IncompatibleError: with everything that is wrong; no weight is loaded.
+        UserError: there is no such model.
+    """
+    import torch
+
+    config = load_config(experiment.model, **kind.model_kwargs(splits))
+    with torch.device("meta"):
+        skeleton = build_from_config(
+            config, kind.traits.auto_class, torch.float32, experiment.model.attn_implementation
+        )
+    anatomy = Anatomy.of(skeleton)
+    problems = list(experiment.build_method().check(anatomy))
+    max_length, positions = experiment.train.max_length, anatomy.max_positions
+    if positions is not None and max_length > positions:
+        problems.append(
+            Problem(
+                "train.max_length",
+                f"{max_length} tokens, but {experiment.model.model_name_or_path} has "
+                f"{positions} positions.",
+                f"Use --set train.max_length={positions} or less.",
+            )
+        )
+    if problems:
+        raise IncompatibleError(problems)
+    return anatomy
+
+
+def assemble(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Assembly:
+    """Load the model and attach the method; a new head is drawn from the experiment's seed.
+
+    Raises:
+        IncompatibleError: the method cannot be put on this model.
+        UserError: the model or tokenizer cannot be had.
+    """
+    tokenizer = load_tokenizer(experiment.model)
+    set_seed(experiment.seed)
+    base = load_model(
+        experiment.model,
+        experiment.precision,
+        kind.traits.auto_class,
+        kind.model_kwargs(splits),
+    )
+    anatomy = Anatomy.of(base)
+    candidates = trunk_candidates(base, anatomy)
+    above = [base.get_submodule(name) for name in (*anatomy.after_blocks, *anatomy.head)]
+    base_parameters = dict(base.named_parameters())
+    method = experiment.build_method()
+    if experiment.train.gradient_checkpointing:
+        base.activation_checkpointing_enable()
+    model = method.attach(base)
+    trunk = [] if experiment.train.trunk_dropout else frozen_trunk(model, candidates, above)
+    return Assembly(
+        experiment=experiment,
+        kind=kind,
+        splits=splits,
+        tokenizer=tokenizer,
+        anatomy=anatomy,
+        method=method,
+        model=model,
+        params=ParameterCounts(**parameter_roles(model, base_parameters, anatomy)),
+        trunk=trunk,
+        notes=tuple(method.notes),
+    )

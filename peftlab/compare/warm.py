@@ -1,0 +1,7 @@
+"""Imported by the fork server: the libraries that every cell needs, and nothing that computes."""
+
+import peft  # noqa: F401
+import sklearn.metrics  # noqa: F401
+import transformers  # noqa: F401
+
+import peftlab.execute  # noqa: F401

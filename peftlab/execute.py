@@ -1,0 +1,241 @@
+"""One run from loading to its record."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+
+from peftlab.assemble import Assembly, assemble
+from peftlab.errors import DivergedError, RunError
+from peftlab.experiment.schema import Experiment
+from peftlab.files import replace_folder, write_text
+from peftlab.memory.meter import process_peak_bytes
+from peftlab.results.record import CurvePoint, Memory, PhaseMarks, Record, Speed, Status
+from peftlab.results.store import RECORD, write_predictions, write_record
+from peftlab.tasks.base import Splits, TaskKind
+from peftlab.tasks.metrics import METRICS
+from peftlab.train.environment import describe_environment
+from peftlab.train.evaluate import predict_rows
+from peftlab.train.events import Listener, ProgressBar, StepFile, Tracking
+from peftlab.train.job import Job
+from peftlab.train.loop import Loop
+
+ADAPTER, CHECKPOINTS, ERROR = "adapter", "checkpoints", "error.txt"
+# bitsandbytes reports at import that an optional kernel for 4-bit inference is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+class Execution:
+    """Runs one experiment in a folder that is its own. ``known`` becomes the record."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        kind: TaskKind[Any],
+        splits: Splits,
+        identity: str,
+        folder: Path,
+    ) -> None:
+        self.experiment, self.kind, self.splits = experiment, kind, splits
+        self.identity, self.folder = identity, folder
+        self.known: dict[str, Any] = {}
+        self.speed: dict[str, Any] = {}
+
+    def run(self, resume: bool, progress: bool, command: str) -> Record:
+        """Train, test and save; the record is written whatever happens.
+
+        Raises:
+            RunError: it diverged, ran out of memory or broke the guard.
+            KeyboardInterrupt: the user interrupted it.
+        """
+        precision, train = self.experiment.precision, self.experiment.train
+        accelerator = Accelerator(
+            mixed_precision=precision.mixed_precision,
+            log_with=list(train.report_to) or None,
+            project_dir=str(self.folder),
+        )
+        if accelerator.is_main_process:
+            (self.folder / RECORD).unlink(missing_ok=True)
+            if not resume:
+                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        self.known["command"] = command
+        self.known["environment"] = describe_environment(
+            accelerator.device, accelerator.num_processes
+        )
+        try:
+            self._execute(accelerator, resume, progress)
+        except BaseException as error:
+            status = _status_of(error)
+            if accelerator.is_main_process:
+                write_text(self.folder / ERROR, traceback.format_exc())
+                self._write(status, f"{type(error).__name__}: {error}".rstrip(": "))
+            if status == "oom":
+                raise RunError(f"out of memory: {error}") from error
+            raise
+        finally:
+            # The state is one for the process; the next run may want another precision.
+            accelerator.free_memory()
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
+        record = self._record("ok", None)
+        if accelerator.is_main_process:
+            (self.folder / ERROR).unlink(missing_ok=True)
+            write_record(self.folder, record)
+        return record
+
+    def _execute(self, accelerator: Accelerator, resume: bool, progress: bool) -> None:
+        started = time.perf_counter()
+        assembly = assemble(self.experiment, self.kind, self.splits)
+        self.known["params"] = assembly.params
+        self.known["notes"] = (*self.splits.notes, *assembly.notes)
+        job = self._job(assembly)
+        # The method has drawn its own numbers: dropout shall be the same for all of them.
+        set_seed(self.experiment.seed + accelerator.process_index)
+        loop = Loop(job, accelerator, self._listeners(accelerator, progress))
+        self.speed["load_seconds"] = time.perf_counter() - started
+        try:
+            fitted = loop.fit(resume)
+        finally:
+            self._learn(loop)
+        self.known["notes"] += fitted.notes
+        self._test(assembly, accelerator)
+        if accelerator.is_main_process:
+            with replace_folder(self.folder / ADAPTER) as folder:
+                assembly.method.save_adapter(assembly.model, folder)
+                self.known["saved_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
+        accelerator.wait_for_everyone()
+
+    def _job(self, assembly: Assembly) -> Job:
+        experiment, splits = self.experiment, self.splits
+        return Job(
+            model=assembly.model,
+            method=assembly.method,
+            kind=self.kind,
+            tokenizer=assembly.tokenizer,
+            anatomy=assembly.anatomy,
+            trunk=assembly.trunk,
+            features=self.kind.encode(
+                splits.train, assembly.tokenizer, experiment.train.max_length
+            ),
+            validation=splits.validation,
+            labels=splits.labels,
+            metric=experiment.metric,
+            metric_better=METRICS[experiment.metric].better,
+            optim=experiment.optim,
+            train=experiment.train,
+            seed=experiment.seed,
+            checkpoints=self.folder / CHECKPOINTS,
+        )
+
+    def _listeners(self, accelerator: Accelerator, progress: bool) -> list[Listener]:
+        experiment = self.experiment
+        if not accelerator.is_main_process:
+            return []
+        listeners: list[Listener] = [StepFile(self.folder)]
+        if experiment.train.report_to:
+            listeners.append(Tracking(accelerator, {"identity": self.identity}))
+        if progress:
+            label = f"{experiment.recipe} seed {experiment.seed}"
+            listeners.append(ProgressBar(label, experiment.metric))
+        return listeners
+
+    def _test(self, assembly: Assembly, accelerator: Accelerator) -> None:
+        started = time.perf_counter()
+        predictions = predict_rows(
+            accelerator,
+            self.kind,
+            assembly.model,
+            self.splits.test,
+            assembly.tokenizer,
+            max_length=self.experiment.train.max_length,
+            batch_size=self.experiment.train.per_device_eval_batch_size,
+            labels=self.splits.labels,
+        )
+        self.known["metrics"] = self.kind.score(self.splits.test, predictions)
+        self.speed["eval_seconds"] += time.perf_counter() - started
+        if accelerator.is_main_process:
+            write_predictions(self.folder, predictions)
+
+    def _learn(self, loop: Loop) -> None:
+        """What the loop knows, also when it did not come to its end."""
+        progress, measured = loop.state.progress, loop.measured
+        self.known |= {
+            "steps_done": progress.step,
+            "final_train_loss": progress.last_loss,
+            "validation_metrics": progress.kept_metrics,
+            "curve": tuple(CurvePoint(**point) for point in progress.curve),
+        }
+        if progress.timed_seconds:
+            self.speed["tokens_per_second"] = progress.timed_tokens / progress.timed_seconds
+        if progress.padded_tokens:
+            self.speed["padding_share"] = 1 - progress.tokens / progress.padded_tokens
+        self.speed["train_seconds"] = progress.train_seconds
+        self.speed["eval_seconds"] = progress.eval_seconds
+        self.known["memory"] = Memory(
+            source="process high-water mark", process_peak_bytes=process_peak_bytes()
+        )
+        if measured is None:
+            return
+        measurement = measured.measurement
+        self.known["memory"] = Memory(
+            source=measurement.source,
+            **measurement.breakdown.model_dump(),
+            marks=PhaseMarks(**asdict(measurement.marks)),
+            reserved_bytes=measurement.reserved_bytes,
+            process_peak_bytes=process_peak_bytes(),
+            measured_step=measured.step,
+            measured_batch=measured.batch,
+        )
+        self.speed["flops_per_step"] = measurement.flops
+        self.speed["train_flops"] = (
+            measurement.flops * progress.padded_tokens / measured.padded_tokens
+        )
+        self.speed["flops_source"] = (
+            f"counted in step {measured.step}, scaled to the run by padded tokens"
+        )
+
+    def _record(self, status: Status, error: str | None) -> Record:
+        experiment = self.experiment
+        return Record(
+            identity=self.identity,
+            task=experiment.task,
+            recipe=experiment.recipe,
+            model=experiment.model.model_name_or_path,
+            seed=experiment.seed,
+            status=status,
+            error=error,
+            metric=experiment.metric,
+            metric_better=METRICS[experiment.metric].better,
+            majority_baseline=self.kind.baseline(self.splits),
+            labels=self.splits.labels,
+            train_rows=len(self.splits.train),
+            test_rows=len(self.splits.test),
+            speed=Speed(**self.speed),
+            **self.known,
+        )
+
+    def _write(self, status: Status, error: str) -> None:
+        write_record(self.folder, self._record(status, error))
+
+
+def _status_of(error: BaseException) -> Status:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, DivergedError):
+        return "diverged"
+    # The CPU allocator raises a plain RuntimeError.
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
+    return "oom" if out_of_memory else "failed"

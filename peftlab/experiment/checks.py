@@ -1,0 +1,82 @@
+"""What no single section can know: rules between sections. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from peftlab.config import KeyPath, Origin, locate
+from peftlab.errors import Problem, UnknownNameError
+from peftlab.methods.base import Traits
+from peftlab.optim.table import optimizer_info
+from peftlab.registry import did_you_mean
+from peftlab.tasks.base import TaskTraits
+
+if TYPE_CHECKING:
+    from peftlab.experiment.schema import Experiment
+
+TRACKERS = (
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+)  # fmt: skip
+"""The trackers of Accelerate."""
+
+
+def check(
+    experiment: Experiment,
+    task: TaskTraits,
+    method: Traits,
+    origins: Mapping[KeyPath, Origin],
+) -> list[Problem]:
+    """Every violated rule of an experiment whose sections are valid by themselves."""
+
+    def at(*path: str) -> str:
+        return locate(path, origins)
+
+    problems: list[Problem] = []
+    kind, train, precision = experiment.method.kind, experiment.train, experiment.precision
+    try:
+        optimizer_info(experiment.optim.optim, at("optim", "optim"))
+    except UnknownNameError as error:
+        problems += error.problems
+    if experiment.metric not in task.metrics:
+        problems.append(
+            Problem(
+                at("metric"),
+                f"{experiment.kind} has no metric {experiment.metric!r}.",
+                did_you_mean(experiment.metric, task.metrics),
+            )
+        )
+    if not isinstance(experiment.seed, int) or experiment.seed < 0:
+        problems.append(Problem(at("seed"), f"seed must be 0 or more, got {experiment.seed!r}."))
+    if train.gradient_checkpointing and not method.works_with_checkpointing:
+        problems.append(
+            Problem(
+                at("train", "gradient_checkpointing"),
+                f"{kind} does not work with gradient checkpointing.",
+                "Leave it off, or use a smaller batch with gradient_accumulation_steps.",
+            )
+        )
+    if precision.quantization and not method.works_quantized:
+        problems.append(
+            Problem(
+                at("precision", "quantization"),
+                f"{kind} trains base weights, which {precision.quantization} cannot hold.",
+                "Use a method that leaves the base frozen, like lora.",
+            )
+        )
+    if precision.dtype == "float16" and not precision.fp16 and not method.is_peft:
+        problems.append(
+            Problem(
+                at("precision", "dtype"),
+                "training float16 weights underflows.",
+                "Use bfloat16, or float32 with fp16: true.",
+            )
+        )
+    problems += [
+        Problem(
+            at("train", "report_to"), f"no tracker {tracker!r}.", did_you_mean(tracker, TRACKERS)
+        )
+        for tracker in train.report_to
+        if tracker not in TRACKERS
+    ]
+    return problems

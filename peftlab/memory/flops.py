@@ -1,0 +1,76 @@
+"""Floating-point operations of a stretch of code, by torch's formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+
+def _int8(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(a.shape) * int(b.shape[0])
+
+
+def _int8_mixed(a: Any, ca: Any, cb: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(a.shape) * int(cb.shape[0])
+
+
+def _four_bit(a: Any, b: Any, shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * prod(a.shape) * int(shape[0])
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+_UNREGISTERED: dict[str, Callable[..., int]] = {
+    "bitsandbytes::int8_linear_matmul": _int8,
+    "bitsandbytes::int8_scaled_mm": _int8,
+    "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed,
+    "bitsandbytes::gemm_4bit": _four_bit,
+    "bitsandbytes::gemv_4bit": _four_bit,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}
+"""What torch has no formula for: quantised weights, and the attention kernel of the CPU."""
+
+
+def operation_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Floating-point operations of one dispatched operation; 0 for all but products."""
+    packet = func._overloadpacket
+    if (formula := flop_registry.get(packet)) is not None:
+        return int(formula(*args, **kwargs, out_val=out))
+    if (ours := _UNREGISTERED.get(packet._qualified_op_name)) is not None:
+        return ours(*args, **kwargs)
+    return 0
+
+
+class count_flops(TorchDispatchMode):
+    """Context that adds up ``flops``: matrix products, convolutions and attention.
+
+    A multiply-add counts as two. Backward and checkpointing's recomputation are included.
+    ``torch.utils.flop_counter.FlopCounterMode`` would put hooks on every module, which keep tensors
+    alive and lose their place when checkpointing repeats a forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.flops += operation_flops(func, args, kwargs or {}, out)
+        return out

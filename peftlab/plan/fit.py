@@ -1,0 +1,113 @@
+"""Does it fit, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from peftlab.optim.table import OPTIMIZERS
+from peftlab.plan.answer import Plan, Suggestion, answer
+from peftlab.plan.simulate import PlanRequest
+
+_EIGHT_BIT = "adamw_8bit"
+
+
+def fit(request: PlanRequest, memory_bytes: int) -> Plan:
+    """Plan, compare with the memory there is, and look for changes under which it fits.
+
+    Every suggestion was planned itself. The effective batch (micro-batch times accumulation) stays
+    as it is. In order of least harm: smaller micro-batches cost nothing but speed, checkpointing
+    costs about a third more arithmetic, an 8-bit optimizer changes numbers.
+
+    Raises:
+        IncompatibleError: the method cannot be put on this model, or cannot be planned.
+    """
+    first = answer(request)
+    fits = first.needed_bytes <= memory_bytes
+    suggestions = () if fits else tuple(_suggestions(request, first, memory_bytes))
+    return first.model_copy(
+        update={"memory_bytes": memory_bytes, "fits": fits, "suggestions": suggestions}
+    )
+
+
+def _suggestions(request: PlanRequest, first: Plan, memory_bytes: int) -> Iterator[Suggestion]:
+    for text, overrides, variant in _variants(request):
+        known = first if variant == request else None
+        found = largest_micro_batch(variant, memory_bytes, known)
+        if found is None:
+            continue
+        smaller, plan = found
+        batch = {}
+        if len(smaller.lengths) != len(request.lengths):
+            batch = {
+                "train.per_device_train_batch_size": len(smaller.lengths),
+                "train.gradient_accumulation_steps": smaller.gradient_accumulation_steps,
+            }
+            size = f"micro-batches of {len(smaller.lengths)}"
+            text = f"{size} and {text}" if text else size
+        yield Suggestion(
+            text=text, overrides={**overrides, **batch}, needed_bytes=plan.needed_bytes
+        )
+
+
+def _variants(request: PlanRequest) -> Iterator[tuple[str, dict[str, Any], PlanRequest]]:
+    yield "", {}, request
+    checkpointing = request.method.traits.works_with_checkpointing
+    if checkpointing and not request.gradient_checkpointing:
+        request = replace(request, gradient_checkpointing=True)
+        yield "gradient checkpointing", {"train.gradient_checkpointing": True}, request
+    if OPTIMIZERS.get(request.optim.optim, OPTIMIZERS[_EIGHT_BIT]).state_bits > 8:
+        text = "an 8-bit optimizer"
+        overrides: dict[str, Any] = {"optim.optim": _EIGHT_BIT}
+        if request.gradient_checkpointing:
+            text = f"gradient checkpointing and {text}"
+            overrides["train.gradient_checkpointing"] = True
+        optim = request.optim.model_copy(update={"optim": _EIGHT_BIT})
+        yield text, overrides, replace(request, optim=optim)
+
+
+def largest_micro_batch(
+    request: PlanRequest, memory_bytes: int, known: Plan | None = None
+) -> tuple[PlanRequest, Plan] | None:
+    """The largest micro-batch that fits, at an unchanged effective batch.
+
+    Args:
+        known: the plan of the request itself, if there is one.
+
+    Returns:
+        the request with that micro-batch and accumulation, and its plan; None if one example
+        is too much already.
+    """
+    size = len(request.lengths)
+    sizes = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
+
+    def planned(micro: int) -> tuple[PlanRequest, Plan]:
+        if micro == size and known is not None:
+            return request, known
+        smaller = replace(
+            request,
+            # The longest examples decide the peak.
+            lengths=tuple(sorted(request.lengths, reverse=True)[:micro]),
+            gradient_accumulation_steps=request.gradient_accumulation_steps * size // micro,
+        )
+        # A third micro-batch holds what the second held: plan no more than two of them.
+        steps = min(2, smaller.gradient_accumulation_steps)
+        return smaller, answer(replace(smaller, gradient_accumulation_steps=steps))
+
+    return _last_that_fits(sizes, memory_bytes, planned)
+
+
+def _last_that_fits(
+    sizes: list[int], memory_bytes: int, plan_of: Callable[[int], tuple[PlanRequest, Plan]]
+) -> tuple[PlanRequest, Plan] | None:
+    """By bisection: more examples never need less."""
+    low, high, best = 0, len(sizes) - 1, None
+    while low <= high:
+        middle = (low + high + 1) // 2
+        found = plan_of(sizes[middle])
+        if found[1].needed_bytes <= memory_bytes:
+            best, low = found, middle + 1
+        else:
+            high = middle - 1
+    return best

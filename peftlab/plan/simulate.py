@@ -1,0 +1,243 @@
+"""Two optimizer steps without storage: real model class, method, loss, optimizer and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from transformers import PretrainedConfig
+
+from peftlab.anatomy import Anatomy, parameter_roles
+from peftlab.errors import IncompatibleError, Problem
+from peftlab.memory.emulate import cuda_kernels
+from peftlab.memory.fake import fake_world
+from peftlab.memory.meter import NullMeter, TimelineMeter
+from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
+from peftlab.memory.trace import StepTrace
+from peftlab.methods.base import Method
+from peftlab.models.config import PrecisionConfig
+from peftlab.models.load import build_from_config
+from peftlab.optim.build import build_optimizer
+from peftlab.optim.config import OptimConfig
+from peftlab.results.record import ParameterCounts
+from peftlab.tasks.base import TaskKind
+from peftlab.train.modes import frozen_trunk, set_training_mode, trunk_candidates
+from peftlab.train.step import MicroBatch, optimizer_step
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What to plan; nothing in it holds weights or rows.
+
+    Args:
+        config: of the model, with the task's values set (``num_labels``, …).
+        kind: the task kind, for its loss and model class; its data is not read.
+        lengths: tokens of each example of a micro-batch, which is padded to the longest.
+        device: whose kernels and allocator to plan for.
+    """
+
+    config: PretrainedConfig
+    kind: TaskKind[Any]
+    method: Method[Any]
+    optim: OptimConfig
+    precision: PrecisionConfig
+    lengths: tuple[int, ...]
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    trunk_dropout: bool = False
+    device: Device = "cpu"
+    attn_implementation: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What the second of two steps did.
+
+    Args:
+        trace: the step; on CUDA its events before ``start`` are those of the first step.
+        saved_bytes: the tensors of the adapter's file.
+    """
+
+    trace: StepTrace
+    params: ParameterCounts
+    saved_bytes: int
+    flops: int
+    notes: tuple[str, ...]
+
+
+def simulate(
+    request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None = None
+) -> Simulation:
+    """Build, attach and train two steps; report the second, which is the first with all its state.
+
+    Args:
+        batches: collated micro-batches of a step; by default made from ``request.lengths``.
+
+    Raises:
+        IncompatibleError: the method cannot be put on this model, or cannot be planned.
+    """
+    _refuse_what_cannot_be_planned(request)
+    batches = batches or synthetic_batches(request)
+    try:
+        with fake_world() as world, cuda_kernels() if request.device == "cuda" else nullcontext():
+            simulation = _two_steps(
+                request,
+                [{k: world.fake(v) for k, v in batch.items()} for batch in batches],
+                _num_items(request.kind, batches),
+            )
+            guesses = (f"guessed {guess}" for guess in sorted(world.guesses))
+            return replace(simulation, notes=(*simulation.notes, *guesses))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        kind = request.method.config.kind
+        message = f"{kind} cannot be planned: it computes from the weights' values ({error.func})."
+        raise IncompatibleError(Problem("method", message)) from error
+
+
+def measure(
+    request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None = None
+) -> Simulation:
+    """The same for real, on the CPU with random weights: what a plan can be checked against."""
+    batches = batches or synthetic_batches(request)
+    return _two_steps(replace(request, device="cpu"), batches, _num_items(request.kind, batches))
+
+
+def _two_steps(
+    request: PlanRequest, batches: Sequence[Mapping[str, Tensor]], num_items: int
+) -> Simulation:
+    base = build_from_config(
+        request.config,
+        request.kind.traits.auto_class,
+        getattr(torch, request.precision.dtype),
+        request.attn_implementation,
+    )
+    anatomy = Anatomy.of(base)
+    candidates = trunk_candidates(base, anatomy)
+    above = [base.get_submodule(name) for name in (*anatomy.after_blocks, *anatomy.head)]
+    base_parameters = dict(base.named_parameters())
+    if request.gradient_checkpointing:
+        base.activation_checkpointing_enable()
+    model = request.method.attach(base)
+    trunk = [] if request.trunk_dropout else frozen_trunk(model, candidates, above)
+    params = ParameterCounts(**parameter_roles(model, base_parameters, anatomy))
+    saved_bytes = sum(t.nbytes for t in request.method.adapter_state(model).values())
+    optimizer, notes = build_optimizer(model, request.optim, anatomy)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    backend = _Backend(request.precision)
+    backend.prepare(model)
+    set_training_mode(model, trunk)
+    inputs = [MicroBatch(batch) for batch in batches]
+    cuda = request.device == "cuda"
+    with Timeline(CUDA_GRANULARITY) if cuda else nullcontext() as running:
+        # CUDA's allocator remembers the first step; elsewhere it only brings state into being.
+        first = TimelineMeter(timeline=running) if cuda else NullMeter()
+        second = TimelineMeter(timeline=running)
+        for meter in (first, second):
+            with meter.step(model, optimizer, batches):
+                optimizer_step(
+                    model,
+                    inputs,
+                    request.kind.loss,
+                    optimizer,
+                    num_items=num_items,
+                    parameters=trained,
+                    backend=backend,
+                    max_grad_norm=request.optim.max_grad_norm,
+                    meter=meter,
+                )
+            optimizer.zero_grad()
+    notes = (*notes, *getattr(request.method, "notes", ()))
+    return Simulation(second.trace, params, saved_bytes, second.result().flops, notes)
+
+
+def synthetic_batches(request: PlanRequest) -> list[dict[str, Tensor]]:
+    """Micro-batches of the asked lengths: token ids, attention mask, labels.
+
+    Every token is a target of a language model, which costs no more memory than fewer would.
+    """
+    longest = max(request.lengths)
+    mask = torch.zeros(len(request.lengths), longest, dtype=torch.long)
+    for row, length in enumerate(request.lengths):
+        mask[row, :length] = 1
+    text = request.config.get_text_config()
+    pad, eos = getattr(text, "pad_token_id", None) or 0, getattr(text, "eos_token_id", None)
+    eos = eos[0] if isinstance(eos, list) else eos
+    plain = next(token for token in range(4) if token not in (pad, eos))
+    ids = torch.where(mask.bool(), plain, pad)
+    if eos is not None:
+        # Some classifiers read the state of the one token that ends a text.
+        ids[torch.arange(len(request.lengths)), torch.tensor(request.lengths) - 1] = eos
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if request.kind.traits.unit == "tokens":
+        batch["labels"] = torch.where(mask.bool(), ids, -100)
+    elif request.config.problem_type == "regression":
+        batch["labels"] = torch.zeros(len(request.lengths))
+    else:
+        batch["labels"] = torch.zeros(len(request.lengths), dtype=torch.long)
+    return [batch] * request.gradient_accumulation_steps
+
+
+def _num_items(kind: TaskKind[Any], batches: Sequence[Mapping[str, Tensor]]) -> int:
+    if kind.traits.unit == "tokens":
+        return max(1, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+    return sum(len(batch["labels"]) for batch in batches)
+
+
+def _refuse_what_cannot_be_planned(request: PlanRequest) -> None:
+    if request.precision.quantization is not None:
+        raise IncompatibleError(
+            Problem(
+                "precision.quantization",
+                f"a base in {request.precision.quantization} cannot be planned yet: its weights "
+                "only exist once they are quantised.",
+            )
+        )
+
+
+class _Backend:
+    """What Accelerate does in a step of one process, operation by operation, on any machine.
+
+    ``Accelerator`` itself is one for the process and would be bound to the device that is there.
+    """
+
+    num_processes = 1
+
+    def __init__(self, precision: PrecisionConfig) -> None:
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self._dtype = dtypes.get(precision.mixed_precision)
+
+    def prepare(self, model: nn.Module) -> None:
+        """As ``Accelerator.prepare_model``: forward in autocast, outputs in fp32."""
+        if self._dtype is not None:
+            forward: Callable[..., Any] = model.forward.__func__
+            within = torch.autocast("cpu", self._dtype)(forward)
+            model.forward = MethodType(  # type: ignore[method-assign]
+                convert_outputs_to_fp32(MethodType(within, model).__func__), model
+            )
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast("cpu", self._dtype) if self._dtype else nullcontext():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        # Accelerate divides by its own accumulation steps, of which the loop asks for one.
+        loss = loss / 1
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)

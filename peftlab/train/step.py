@@ -1,0 +1,97 @@
+"""One optimizer step: the same code for a real run and for a planned one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+class Backend(Protocol):
+    """The part of ``accelerate.Accelerator`` that a step needs."""
+
+    @property
+    def num_processes(self) -> int: ...
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]: ...
+    def autocast(self) -> AbstractContextManager[Any]: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def clip_grad_norm_(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor | None: ...
+
+
+class PhaseMeter(Protocol):
+    """Told which phase of a step is running: forward, backward or optimizer."""
+
+    def phase(self, name: str) -> AbstractContextManager[Any]: ...
+
+
+class NullMeter:
+    """Measures nothing."""
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A collated batch; ``weight`` is 0 for one that only keeps the processes in step."""
+
+    inputs: Batch
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss over the step's terms on this process's share, and the norm before clipping."""
+
+    loss: Tensor
+    grad_norm: Tensor | None
+
+
+def optimizer_step(
+    model: nn.Module,
+    batches: Sequence[MicroBatch],
+    loss_function: LossFunction,
+    optimizer: Optimizer,
+    *,
+    num_items: int,
+    parameters: Sequence[Tensor],
+    backend: Backend,
+    max_grad_norm: float | None,
+    meter: PhaseMeter,
+) -> StepResult:
+    """Forward and backward over the micro-batches, clip, update. Gradients are left in place.
+
+    Args:
+        model: as the backend prepared it.
+        loss_function: the SUM of a batch's loss terms.
+        num_items: loss terms of the whole step over all micro-batches and processes, so that
+            neither accumulation nor the number of processes changes the gradient.
+        parameters: those that train.
+        max_grad_norm: of the global norm; None does not clip.
+    """
+    total = torch.zeros((), device=parameters[0].device)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with nullcontext() if last else backend.no_sync(model):
+            with meter.phase("forward"), backend.autocast():
+                # Data-parallel training averages gradients; the factor turns that into a sum.
+                scale = batch.weight * backend.num_processes / num_items
+                loss = loss_function(model, batch.inputs) * scale
+                total += loss.detach() / backend.num_processes
+            with meter.phase("backward"):
+                backend.backward(loss)
+        del loss
+    with meter.phase("optimizer"):
+        grad_norm = None
+        if max_grad_norm is not None:
+            grad_norm = backend.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+    return StepResult(total, grad_norm)

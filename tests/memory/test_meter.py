@@ -1,0 +1,324 @@
+"""The measurement of a step against bytes counted by hand and against torch's own counter."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftlab.memory.flops import count_flops
+from peftlab.memory.meter import (
+    NullMeter,
+    StepMeasurement,
+    TimelineMeter,
+    process_peak_bytes,
+    state_tensors,
+    step_meter,
+)
+from peftlab.memory.timeline import Timeline
+
+WIDTH, BATCH, CLASSES = 32, 8, 5
+
+
+def tiny_model(**overrides: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 900,
+        "use_cache": False,
+    }
+    torch.manual_seed(0)
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+    return model.train()
+
+
+def tiny_batch() -> dict[str, Tensor]:
+    ids = torch.arange(3 * 16).view(3, 16)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def train_step(
+    meter: TimelineMeter | NullMeter,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[dict[str, Tensor]],
+) -> None:
+    with meter.step(model, optimizer, batches):
+        optimizer.zero_grad()
+        for batch in batches:
+            with meter.phase("forward"):
+                loss = model(**batch).loss
+            with meter.phase("backward"):
+                loss.backward()
+            del loss
+        with meter.phase("optimizer"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+
+def measure(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[dict[str, Tensor]],
+    steps: int = 2,
+) -> tuple[StepMeasurement, TimelineMeter]:
+    meter = TimelineMeter()
+    for _ in range(steps):
+        train_step(meter, model, optimizer, batches)
+    return meter.result(), meter
+
+
+def test_two_layers_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    batch = torch.randn(BATCH, WIDTH)
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    meter = TimelineMeter()
+    for _ in range(2):
+        with meter.step(model, optimizer, batch):
+            optimizer.zero_grad()
+            with meter.phase("forward"):
+                hidden = model[0](batch)
+                hidden = model[1](hidden)
+                out = model[2](hidden)
+                loss = out.square().sum()
+                del hidden, out
+            with meter.phase("backward"):
+                loss.backward()
+            with meter.phase("optimizer"):
+                optimizer.step()
+            del loss
+    marks, parts = meter.result().marks, meter.result().breakdown
+    held = 4 * BATCH * (WIDTH + WIDTH + CLASSES)  # the batch, relu's output, the last output
+    assert marks.start_bytes == 3 * parameters + 4 * BATCH * WIDTH
+    assert marks.forward_end_bytes == 2 * parameters + held + 4
+    assert marks.backward_end_bytes == 3 * parameters + 4 * BATCH * WIDTH + 4
+    assert marks.optimizer_end_bytes == marks.backward_end_bytes
+    assert parts.weights_bytes == parts.optimizer_bytes == parameters
+    assert marks.forward_peak_bytes == marks.start_bytes  # before the old gradients are dropped
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_parts_are_disjoint_and_sum_to_the_peak(checkpointing: bool) -> None:
+    model = tiny_model()
+    if checkpointing:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    result, meter = measure(model, torch.optim.AdamW(model.parameters()), [tiny_batch()])
+    parts = result.breakdown.model_dump()
+    assert (
+        sum(v for k, v in parts.items() if k not in ("peak_bytes", "peak_moment"))
+        == (parts["peak_bytes"])
+    )
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert parts["weights_bytes"] == weights + buffers
+    marks = result.marks
+    steps = 4 * len(list(model.parameters()))  # Adam's counters
+    gradients = weights
+    batch = sum(t.nbytes for t in tiny_batch().values())
+    assert marks.start_bytes == weights + buffers + 2 * weights + steps + gradients + batch
+    assert parts["logits_bytes"] >= 3 * 4 * 3 * 16 * 900
+    assert parts["peak_moment"] == "backward"
+    assert parts["peak_bytes"] == max(meter.trace.live_bytes()[meter.trace.start :])
+
+
+def test_checkpointing_trades_activations_for_arithmetic() -> None:
+    plain, _ = measure(m := tiny_model(), torch.optim.AdamW(m.parameters()), [tiny_batch()])
+    model = tiny_model()
+    model.activation_checkpointing_enable()  # type: ignore[operator]
+    saved, _ = measure(model, torch.optim.AdamW(model.parameters()), [tiny_batch()])
+    assert 0 < saved.breakdown.activations_bytes < plain.breakdown.activations_bytes / 2
+    assert saved.breakdown.logits_bytes == plain.breakdown.logits_bytes
+    assert saved.flops > plain.flops
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_equal_those_of_torch(checkpointing: bool) -> None:
+    # torch has no formula for the CPU's attention kernel, but it has for plain products.
+    model = tiny_model(attn_implementation="eager")
+    if checkpointing:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    result, _ = measure(model, torch.optim.SGD(model.parameters()), [tiny_batch()], steps=1)
+    with FlopCounterMode(display=False) as torchs, count_flops() as ours:
+        model(**tiny_batch()).loss.backward()
+    assert result.flops == ours.flops == torchs.get_total_flops() > 0
+
+
+def test_attention_kernel_counts_like_its_products() -> None:
+    query = torch.randn(2, 4, 8, 16)
+    with count_flops() as kernel:
+        nn.functional.scaled_dot_product_attention(query, query, query)
+    with count_flops() as products:
+        (query @ query.mT) @ query
+    assert kernel.flops == products.flops == 2 * (2 * 2 * 4 * 8 * 8 * 16)
+
+
+def test_accumulation_holds_gradients_of_earlier_micro_batches() -> None:
+    model = tiny_model()
+    once, _ = measure(model, torch.optim.SGD(model.parameters()), [tiny_batch()])
+    twice, _ = measure(model, torch.optim.SGD(model.parameters()), [tiny_batch()] * 2)
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    assert twice.marks.forward_end_bytes == once.marks.forward_end_bytes + gradients
+    assert twice.flops == 2 * once.flops
+
+
+def test_measuring_changes_no_number() -> None:
+    weights = []
+    for meter in (NullMeter(), TimelineMeter()):
+        model = tiny_model()
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(2):
+            train_step(meter, model, optimizer, [tiny_batch()])
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_eight_bit_state_is_optimizer_memory() -> None:
+    import bitsandbytes
+
+    model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, CLASSES, bias=False))
+    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
+    meter = TimelineMeter()
+    for _ in range(2):
+        with meter.step(model, optimizer):
+            with meter.phase("forward"):
+                loss = model(torch.ones(2, 100)).sum()
+            with meter.phase("backward"):
+                loss.backward()
+            with meter.phase("optimizer"):
+                optimizer.step()
+            del loss
+    # 10,000 elements in 8 bits with a constant per 256, 500 in 32 bits, two tables of 256 floats.
+    expected = 2 * (10_000 + 4 * 40) + 2 * 4 * 500 + 2 * 4 * 256
+    assert meter.result().breakdown.optimizer_bytes == expected
+    assert sum(t.nbytes for t in state_tensors(optimizer)) == expected
+
+
+def test_state_is_found_inside_objects() -> None:
+    class Projection:
+        def __init__(self) -> None:
+            self.basis = torch.zeros(3)
+
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter] = {"projection": Projection(), "step": 1, "list": [torch.ones(1)]}
+    assert [t.shape[0] for t in state_tensors(optimizer)] == [3, 1]
+
+
+def test_freed_in_order_and_nothing_kept_alive() -> None:
+    with Timeline() as timeline:
+        timeline.begin()
+        with timeline.phase("forward"):
+            first = torch.ones(100)
+            gone = weakref.ref(first)
+            del first
+            assert gone() is None
+            second = torch.ones(50)
+            third = second.view(5, 10)
+            del second
+            fourth = torch.ones(25)
+            del third, fourth
+    trace = timeline.trace()
+    assert [change for _, change in trace.events] == [400, -400, 200, 100, -200, -100]
+    assert trace.marks().forward_peak_bytes == 400
+    assert {s.role for s in trace.storages} == {"temporary"}
+
+
+def test_resizing_is_seen() -> None:
+    with Timeline() as timeline:
+        timeline.begin()
+        with timeline.phase("forward"):
+            grown = torch.ones(10)
+            grown.resize_(30)
+    assert [change for _, change in timeline.trace().events][:2] == [40, 80]
+
+
+def test_views_of_outside_tensors_are_no_allocation_of_the_step() -> None:
+    outside = torch.ones(10)
+    with Timeline() as timeline:
+        timeline.begin()
+        with timeline.phase("forward"):
+            outside.add_(1)
+            held = outside.view(2, 5)
+        del held
+    assert [s.role for s in timeline.trace().storages] == ["inputs"]
+
+
+def test_granularity_rounds_every_storage_up() -> None:
+    with Timeline(512) as timeline:
+        timeline.begin()
+        with timeline.phase("forward"):
+            held = torch.ones(1), torch.ones(129)
+        del held
+    assert [change for _, change in timeline.trace().events][:2] == [512, 1024]
+
+
+def test_fake_and_real_agree_event_by_event() -> None:
+    def events() -> list[tuple[int, int]]:
+        layers = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+        optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
+        meter = TimelineMeter()
+        for _ in range(2):
+            with meter.step(layers, optimizer):
+                with meter.phase("forward"):
+                    loss = layers(torch.randn(2, 8, 32)).sum()
+                with meter.phase("backward"):
+                    loss.backward()
+                with meter.phase("optimizer"):
+                    optimizer.step()
+                del loss
+        return list(meter.trace.events)
+
+    real = events()
+    with FakeTensorMode():
+        fake = events()
+    assert len(real) > 100
+    assert fake == real
+
+
+def test_phases_do_not_nest_and_need_a_step() -> None:
+    meter = TimelineMeter()
+    with pytest.raises(RuntimeError, match="outside of a step"), meter.phase("forward"):
+        pass
+    with pytest.raises(RuntimeError, match="no step"):
+        meter.result()
+    with Timeline() as timeline:
+        timeline.begin()
+        with (
+            pytest.raises(RuntimeError, match="another phase"),
+            timeline.phase("forward"),
+            timeline.phase("backward"),
+        ):
+            pass
+
+
+def test_a_failed_step_leaves_no_hooks_and_no_result() -> None:
+    model = tiny_model()
+    meter = TimelineMeter()
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="boom"), meter.step(model, optimizer):
+        raise ValueError("boom")
+    assert not model._forward_hooks
+    with pytest.raises(RuntimeError):
+        meter.result()
+
+
+def test_meter_for_a_device() -> None:
+    assert isinstance(step_meter("cpu"), TimelineMeter)
+    assert NullMeter().result() is None
+
+
+def test_process_peak_covers_what_was_touched() -> None:
+    before = process_peak_bytes()
+    touched = torch.ones(64 * 2**20 // 4)
+    assert process_peak_bytes() >= max(before, touched.nbytes)

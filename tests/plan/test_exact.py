@@ -1,0 +1,106 @@
+"""A plan equals the same step run for real, byte for byte, and the step of a real loop."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from peftlab.methods import METHODS
+from peftlab.models.config import PrecisionConfig
+from peftlab.models.tiny import tiny_config
+from peftlab.optim.config import OptimConfig
+from peftlab.plan import PlanRequest, measure, simulate
+from peftlab.tasks import TASK_KINDS
+
+simulation = importlib.import_module("peftlab.plan.simulate")
+
+FULL = {"kind": "full"}
+TOP = {"kind": "freeze", "top": 1}
+LORA = {"kind": "lora", "r": 4}
+LORA_QV = {"kind": "lora", "r": 4, "target_modules": "attention-qv"}
+PREFIX = {"kind": "ptuning_v2", "num_virtual_tokens": 4}
+PROJECTED = {**PREFIX, "prefix_projection": True}
+BITFIT = {"kind": "bitfit"}
+
+
+def request_of(
+    architecture: str, kind: str, method: dict[str, Any], **overrides: Any
+) -> PlanRequest:
+    task_kind, method_class = TASK_KINDS.get(kind), METHODS.get(method["kind"])
+    config = tiny_config(architecture)
+    if kind == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
+    return replace(
+        PlanRequest(
+            config=config,
+            kind=task_kind(task_kind.Config.model_construct()),
+            method=method_class(method_class.Config(**method)),
+            optim=OptimConfig(learning_rate=1e-3),
+            precision=PrecisionConfig(),
+            lengths=(12, 12, 9, 7),
+        ),
+        **overrides,
+    )
+
+
+CASES = [
+    ("bert", "classification", FULL, {}),
+    ("bert", "classification", FULL, {"gradient_checkpointing": True}),
+    ("bert", "classification", TOP, {}),
+    ("bert", "classification", LORA, {}),
+    ("bert", "classification", PREFIX, {}),
+    ("bert", "classification", BITFIT, {}),
+    ("bert", "regression", LORA_QV, {"gradient_accumulation_steps": 2}),
+    ("roberta", "classification", PROJECTED, {}),
+    ("distilbert", "classification", LORA, {"gradient_checkpointing": True}),
+    ("gpt2", "classification", LORA, {}),
+    ("gpt2", "causal_lm", FULL, {}),
+    ("gpt2", "causal_lm", PREFIX, {}),
+    ("llama", "causal_lm", FULL, {"gradient_checkpointing": True}),
+    ("llama", "causal_lm", LORA, {"gradient_accumulation_steps": 2}),
+    ("llama", "causal_lm", TOP, {"lengths": (12, 12)}),
+    ("qwen2", "causal_lm", FULL, {"optim": OptimConfig(learning_rate=1e-3, optim="adamw_8bit")}),
+    ("qwen2", "causal_lm", LORA, {"precision": PrecisionConfig(dtype="bfloat16")}),
+    ("llama", "causal_lm", LORA, {"precision": PrecisionConfig(bf16=True)}),
+    ("t5", "classification", LORA, {}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "kind", "method", "overrides"), CASES)
+def test_every_event_as_in_a_real_step(
+    architecture: str, kind: str, method: dict[str, Any], overrides: dict[str, Any]
+) -> None:
+    request = request_of(architecture, kind, method, **overrides)
+    planned, real = simulate(request), measure(request)
+    assert asdict(planned.trace.marks()) == asdict(real.trace.marks())
+    assert planned.trace.breakdown() == real.trace.breakdown()
+    assert planned.trace.events == real.trace.events
+    assert (planned.params, planned.saved_bytes) == (real.params, real.saved_bytes)
+    assert planned.flops == real.flops > 0
+    assert planned.notes == real.notes
+
+
+@pytest.mark.parametrize("precision", [PrecisionConfig(), PrecisionConfig(bf16=True)])
+def test_the_step_is_that_of_accelerate(
+    precision: PrecisionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of("bert", "classification", LORA, precision=precision)
+    planned = simulate(request)
+
+    def accelerated(precision: PrecisionConfig) -> Accelerator:
+        accelerator = Accelerator(cpu=True, mixed_precision=precision.mixed_precision)
+        monkeypatch.setattr(accelerator, "prepare", accelerator.prepare_model)
+        return accelerator
+
+    monkeypatch.setattr(simulation, "_Backend", accelerated)
+    try:
+        real = measure(request)
+    finally:
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+    assert planned.trace.events == real.trace.events

@@ -1,0 +1,84 @@
+"""The public surface: exactly these names, found without torch, the same whatever was imported."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import peftlab
+
+PUBLIC = [
+    "CompareResult",
+    "ExportResult",
+    "LoadedRun",
+    "PeftlabError",
+    "Request",
+    "Run",
+    "RunError",
+    "UserError",
+    "__version__",
+    "compare",
+    "export",
+    "load_run",
+    "predict",
+    "resolve",
+    "train",
+]
+VERBS = ["compare", "export", "load_run", "predict", "resolve", "train"]
+
+
+def test_the_exported_names() -> None:
+    assert sorted(peftlab.__all__) == PUBLIC
+    assert set(PUBLIC) <= set(dir(peftlab))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_is_there_and_documented(name: str) -> None:
+    thing = getattr(peftlab, name)
+    assert isinstance(thing, str) or thing.__doc__
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_verbs_stay_functions_when_their_modules_are_imported(name: str) -> None:
+    for module in pkgutil.iter_modules(peftlab.__path__):
+        if module.name != "__main__":
+            importlib.import_module(f"peftlab.{module.name}")
+    assert callable(getattr(peftlab, name))
+    assert getattr(peftlab, name).__module__.startswith("peftlab.")
+
+
+def test_subpackages_that_share_a_verbs_name_can_be_imported() -> None:
+    from peftlab.train import config as by_package
+    from peftlab.train.config import TrainConfig
+
+    assert by_package.TrainConfig is TrainConfig
+    assert peftlab.train is importlib.import_module("peftlab.run").train
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        peftlab.trian  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(peftlab, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import peftlab",
+        "import peftlab; peftlab.__version__",
+        "from peftlab import train, resolve, Run, UserError",
+        "import peftlab; peftlab.resolve('movie-sentiment', 'lora')",
+        "import peftlab; [getattr(peftlab, name) for name in peftlab.__all__]",
+    ],
+)
+def test_importing_loads_no_torch(code: str) -> None:
+    heavy = ("torch", "peft", "transformers", "accelerate", "datasets")
+    check = f"import sys; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
