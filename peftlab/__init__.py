@@ -12,33 +12,37 @@ Example:
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftlab.compare.verb import CompareResult, compare
+    from peftlab.comparing.verb import CompareResult, compare
     from peftlab.errors import PeftlabError, RunError, UserError
     from peftlab.experiment.resolve import resolve
-    from peftlab.export import ExportResult, export
-    from peftlab.predict import LoadedRun, load_run, predict
+    from peftlab.exporting import ExportResult, export
+    from peftlab.predicting import LoadedRun, load_run, predict
     from peftlab.run import Request, Run, train
 
     __version__: str
 
+# bitsandbytes reports at import that an optional kernel for 4-bit inference is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# The packages behind the verbs have other names than the verbs (training, comparing, …): importing
+# a submodule sets an attribute of that name here, which would hide the function.
 _HOMES = {
-    "CompareResult": "peftlab.compare.verb",
-    "ExportResult": "peftlab.export",
-    "LoadedRun": "peftlab.predict",
+    "CompareResult": "peftlab.comparing.verb",
+    "ExportResult": "peftlab.exporting",
+    "LoadedRun": "peftlab.predicting",
     "PeftlabError": "peftlab.errors",
     "Request": "peftlab.run",
     "Run": "peftlab.run",
     "RunError": "peftlab.errors",
     "UserError": "peftlab.errors",
-    "compare": "peftlab.compare.verb",
-    "export": "peftlab.export",
-    "load_run": "peftlab.predict",
-    "predict": "peftlab.predict",
+    "compare": "peftlab.comparing.verb",
+    "export": "peftlab.exporting",
+    "load_run": "peftlab.predicting",
+    "predict": "peftlab.predicting",
     "resolve": "peftlab.experiment.resolve",
     "train": "peftlab.run",
 }
@@ -74,18 +78,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """The package, whose verbs stay verbs.
-
-    Importing ``peftlab.train.loop`` makes Python set ``peftlab.train`` to the subpackage, which
-    would take the place of the function of that name, depending on what was imported before.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

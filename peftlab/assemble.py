@@ -16,7 +16,7 @@ from peftlab.methods.base import Method
 from peftlab.models.load import build_from_config, load_config, load_model, load_tokenizer
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import Splits, TaskKind
-from peftlab.train.modes import frozen_trunk, trunk_candidates
+from peftlab.training.modes import frozen_trunk, trunk_candidates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,20 +58,28 @@ def check_model(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> 
             config, kind.traits.auto_class, torch.float32, experiment.model.attn_implementation
         )
     anatomy = Anatomy.of(skeleton)
-    problems = list(experiment.build_method().check(anatomy))
-    max_length, positions = experiment.train.max_length, anatomy.max_positions
-    if positions is not None and max_length > positions:
-        problems.append(
-            Problem(
-                "train.max_length",
-                f"{max_length} tokens, but {experiment.model.model_name_or_path} has "
-                f"{positions} positions.",
-                f"Use --set train.max_length={positions} or less.",
-            )
-        )
+    method = experiment.build_method()
+    problems = [*method.check(anatomy), *_too_long(experiment, anatomy, method)]
     if problems:
         raise IncompatibleError(problems)
     return anatomy
+
+
+def _too_long(experiment: Experiment, anatomy: Anatomy, method: Method[Any]) -> list[Problem]:
+    if anatomy.max_positions is None:
+        return []
+    room = anatomy.max_positions - method.extra_positions
+    max_length, name = experiment.train.max_length, experiment.model.model_name_or_path
+    if max_length <= room or room <= 0:
+        return []
+    taken = f", {method.extra_positions} of them taken by the method" * bool(method.extra_positions)
+    return [
+        Problem(
+            "train.max_length",
+            f"{max_length} tokens, but {name} has {anatomy.max_positions} positions{taken}.",
+            f"Use --set train.max_length={room} or less.",
+        )
+    ]
 
 
 def assemble(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Assembly:
@@ -94,6 +102,9 @@ def assemble(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Ass
     above = [base.get_submodule(name) for name in (*anatomy.after_blocks, *anatomy.head)]
     base_parameters = dict(base.named_parameters())
     method = experiment.build_method()
+    if not kind.traits.generates:
+        # A decoder's cache of keys and values helps generation only, and would be kept alive.
+        base.config.use_cache = False
     if experiment.train.gradient_checkpointing:
         base.activation_checkpointing_enable()
     model = method.attach(base)

@@ -1,18 +1,18 @@
 """Every error that peftlab raises on purpose.
 
-    PeftlabError
-    ├── UserError                 the request was wrong: exit code 2, no traceback
-    │   ├── ConfigError           a recipe, task or override does not fit the schema
-    │   ├── UnknownNameError      a name that no registry, file or table holds
-    │   ├── DataError             rows, columns or labels are not what the task needs
-    │   ├── AssetError            a model or data set cannot be had
-    │   ├── IncompatibleError     this method, task or precision does not fit this model
-    │   ├── NotMergeableError     this method's change cannot be folded into the weights
-    │   └── RunFolderError        a run folder is missing, damaged or somebody else's
-    └── RunError                  the request was right but the run failed: exit code 1
-        ├── DivergedError         the loss is no longer a finite number
-        ├── GuardError            what had to learn did not, or what was frozen moved
-        └── ExportMismatchError   the exported model does not predict the same
+PeftlabError
+├── UserError                 the request was wrong: exit code 2, no traceback
+│   ├── ConfigError           a recipe, task or override does not fit the schema
+│   ├── UnknownNameError      a name that no registry, file or table holds
+│   ├── DataError             rows, columns or labels are not what the task needs
+│   ├── AssetError            a model or data set cannot be had
+│   ├── IncompatibleError     this method, task or precision does not fit this model
+│   ├── NotMergeableError     this method's change cannot be folded into the weights
+│   └── RunFolderError        a run folder is missing, damaged or somebody else's
+└── RunError                  the request was right but the run failed: exit code 1
+    ├── DivergedError         the loss is no longer a finite number
+    ├── GuardError            what had to learn did not, or what was frozen moved
+    └── ExportMismatchError   the exported model does not predict the same
 """
 
 from __future__ import annotations

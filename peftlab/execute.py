@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 import traceback
@@ -24,15 +23,13 @@ from peftlab.results.record import CurvePoint, Memory, PhaseMarks, Record, Speed
 from peftlab.results.store import RECORD, write_predictions, write_record
 from peftlab.tasks.base import Splits, TaskKind
 from peftlab.tasks.metrics import METRICS
-from peftlab.train.environment import describe_environment
-from peftlab.train.evaluate import predict_rows
-from peftlab.train.events import Listener, ProgressBar, StepFile, Tracking
-from peftlab.train.job import Job
-from peftlab.train.loop import Loop
+from peftlab.training.environment import describe_environment
+from peftlab.training.evaluate import predict_rows
+from peftlab.training.events import Listener, ProgressBar, StepFile, Tracking
+from peftlab.training.job import Job
+from peftlab.training.loop import Loop
 
 ADAPTER, CHECKPOINTS, ERROR = "adapter", "checkpoints", "error.txt"
-# bitsandbytes reports at import that an optional kernel for 4-bit inference is not installed.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Execution:
@@ -234,8 +231,9 @@ def _status_of(error: BaseException) -> Status:
         return "interrupted"
     if isinstance(error, DivergedError):
         return "diverged"
-    # The CPU allocator raises a plain RuntimeError.
+    # The CPU allocator raises a plain RuntimeError, in other words on Windows.
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+        isinstance(error, RuntimeError)
+        and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
     )
     return "oom" if out_of_memory else "failed"

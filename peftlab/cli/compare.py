@@ -76,7 +76,7 @@ def compare(
     Each run is a fresh process. Finished runs are not run again, and a run that fails leaves the
     others alone. Exit code 1 if one failed. --json prints comparison.json and "report".
     """
-    from peftlab.compare.verb import compare as run_comparison
+    from peftlab.comparing.verb import compare as run_comparison
 
     try:
         result = run_comparison(

@@ -41,7 +41,7 @@ def export(run: str, to: Path, form: Literal["merged", "adapter"], root: Path) -
     "task/recipe" (its latest finished run) or the start of a run's hash. Exit code 1, and nothing
     is written, if the export predicts otherwise. --json prints merge_report.json and "export_dir".
     """
-    from peftlab.export import export as run_export
+    from peftlab.exporting import export as run_export
 
     result = run_export(run, to, format=form, root=root)
     report = result.report

@@ -37,7 +37,7 @@ def predict(run: str, texts: tuple[str, ...], file: Path | None, root: Path) -> 
     "task/recipe" (its latest finished run) or the start of a run's hash. Prints one prediction a
     line, in the order of the texts.
     """
-    from peftlab.predict import predict as run_predict
+    from peftlab.predicting import predict as run_predict
 
     if texts and file is not None:
         raise click.UsageError("give --text or --file, not both.")

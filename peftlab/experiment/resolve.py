@@ -29,7 +29,7 @@ from peftlab.models.config import ModelConfig, PrecisionConfig
 from peftlab.optim.config import OptimConfig
 from peftlab.registry import Registry, did_you_mean
 from peftlab.tasks import TASK_KINDS
-from peftlab.train.config import TrainConfig
+from peftlab.training.config import TrainConfig
 
 RECIPE_KEYS = ("summary", "method", "optim", "precision", "train")
 TASK_KEYS = ("summary", "kind", "model", "data", "metric", "train")

@@ -15,7 +15,7 @@ from peftlab.models.config import ModelConfig, PrecisionConfig
 from peftlab.optim.config import OptimConfig
 from peftlab.tasks import TASK_KINDS
 from peftlab.tasks.base import DataConfig, TaskKind
-from peftlab.train.config import TrainConfig
+from peftlab.training.config import TrainConfig
 
 IDENTITY_VERSION = 1
 _BOOKKEEPING = ("logging_steps", "report_to", "save_strategy", "save_steps", "save_total_limit")

@@ -8,6 +8,7 @@ anything padded? is the batch packed?) is decided as in a real run.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ _DYNAMIC = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _KERNELS_IN_PLACE = ("bitsandbytes::optimizer_update",)
 
 
-class _Mode(FakeTensorMode):
+class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """A mode that a deep copy of a fake tensor keeps.
 
     PEFT copies heads; a tensor of another mode would be taken for a real one, and reading it
@@ -46,7 +47,7 @@ class _Mode(FakeTensorMode):
         return self
 
 
-class FakeWorld(TorchDispatchMode):
+class FakeWorld(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Carries values through fake operations and answers what depends on data.
 
     Entered inside ``mode``; use ``fake_world``.
@@ -56,7 +57,7 @@ class FakeWorld(TorchDispatchMode):
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
         self.guesses: set[str] = set()
 
@@ -82,10 +83,13 @@ class FakeWorld(TorchDispatchMode):
         inputs = list(_tensors((*args, *kwargs.values())))
         known = all(_value(tensor) is not None for tensor in inputs)
         if _DYNAMIC.intersection(func.tags) and known:
-            return tree_map_only(Tensor, self.fake, _really(func, args, kwargs))
+            return tree_map_only(Tensor, self._result, _really(func, args, kwargs))
         if func is _aten._local_scalar_dense.default:
             return self._guess(inputs[0])
         out = func(*args, **kwargs)
+        if func is _aten.mse_loss.default:
+            # The kernel makes the differences in its result and reduces them in place.
+            _grow(out, inputs[0].untyped_storage().nbytes())
         outputs = list(_tensors((out,)))
         if known and outputs and _worth_knowing(func, inputs, outputs):
             for fake, real in zip(outputs, tree_leaves(_really(func, args, kwargs)), strict=True):
@@ -109,6 +113,12 @@ class FakeWorld(TorchDispatchMode):
                 numbers.extend(self.fake(position) for position in positions)
         return numbers
 
+    def _result(self, real: Tensor) -> Tensor:
+        """The fake of what an operation returned, on a storage as large."""
+        made = self.fake(real)
+        _grow(made, real.untyped_storage().nbytes())
+        return made
+
     def _guess(self, tensor: Tensor) -> Any:
         """True, or one."""
         kind = "a condition" if tensor.dtype is torch.bool else f"a {tensor.dtype} number"
@@ -130,6 +140,12 @@ def _value(tensor: Tensor) -> Tensor | None:
     if isinstance(tensor, FakeTensor):
         return getattr(tensor, "_peftlab_value", None)
     return tensor
+
+
+def _grow(tensor: Tensor, size: int) -> None:
+    storage = tensor.untyped_storage()
+    if storage.nbytes() < size:
+        storage.resize_(size)
 
 
 def _remember(tensor: Tensor, value: Tensor) -> None:
@@ -160,7 +176,7 @@ def _apply_in_place(
 ) -> nn.Module:
     """``nn.Module._apply`` as it works on real tensors; on fake ones it would swap, and fail."""
     for child in self.children() if recurse else ():
-        child._apply(fn)
+        child._apply(fn)  # type: ignore[no-untyped-call]
     for parameter in self._parameters.values():
         if parameter is not None:
             with torch.no_grad():
@@ -173,6 +189,11 @@ def _apply_in_place(
     return self
 
 
+def _is_not_fake(tensor: Any) -> bool:
+    # No Mock, which would keep every tensor it was asked about alive.
+    return False
+
+
 @contextmanager
 def fake_world() -> Iterator[FakeWorld]:
     """Inside, everything that is made is fake."""
@@ -180,11 +201,14 @@ def fake_world() -> Iterator[FakeWorld]:
     importlib.import_module("bitsandbytes")
     importlib.import_module("peft")
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Deep copies ask, and get none.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         mode = stack.enter_context(_Mode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply_in_place))
         # transformers takes fake tensors for a sign of tracing, and then takes other paths.
         stack.enter_context(
-            mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False)
+            mock.patch("transformers.utils.import_utils.is_fake_tensor", _is_not_fake)
         )
         # Else optimizers and clipping work tensor by tensor, with other temporaries.
         for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):

@@ -15,23 +15,25 @@ from torch.utils.flop_counter import (
 
 
 def _int8(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(a.shape) * int(b.shape[0])
+    return 2 * int(prod(a.shape)) * int(b.shape[0])
 
 
 def _int8_mixed(a: Any, ca: Any, cb: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(a.shape) * int(cb.shape[0])
+    return 2 * int(prod(a.shape)) * int(cb.shape[0])
 
 
 def _four_bit(a: Any, b: Any, shape: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * prod(a.shape) * int(shape[0])
+    return 2 * int(prod(a.shape)) * int(shape[0])
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    count = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
+    return int(count)
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    shapes = grad.shape, query.shape, key.shape, value.shape
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
 _UNREGISTERED: dict[str, Callable[..., int]] = {
@@ -56,7 +58,7 @@ def operation_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], o
     return 0
 
 
-class count_flops(TorchDispatchMode):
+class count_flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context that adds up ``flops``: matrix products, convolutions and attention.
 
     A multiply-add counts as two. Backward and checkpointing's recomputation are included.
@@ -65,7 +67,7 @@ class count_flops(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
 
     def __torch_dispatch__(

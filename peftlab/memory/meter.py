@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftlab.memory.breakdown import Breakdown
 from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
-from peftlab.memory.trace import PHASES, Phase, StepMarks, StepTrace
+from peftlab.memory.trace import PHASES, StepMarks, StepTrace
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StepMeter(Protocol):
         """Around a whole optimizer step; ``inputs`` are its batches, any nesting of tensors."""
         ...
 
-    def phase(self, name: Phase) -> AbstractContextManager[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Around a part of the step."""
         ...
 
@@ -66,7 +66,7 @@ class NullMeter:
     ) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def phase(self, name: Phase) -> AbstractContextManager[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     def result(self) -> None:
@@ -115,7 +115,7 @@ class TimelineMeter:
             self._trace, self._flops = timeline.trace(), timeline.flops
 
     @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         if self._timeline is None or self._model is None:
             raise RuntimeError("a phase outside of a step")
         with self._timeline.phase(name):
@@ -150,8 +150,8 @@ class CudaMeter(TimelineMeter):
         self._device = device
         self._start_bytes = 0
         self._reserved_bytes = 0
-        self._ends: dict[Phase, int] = {}
-        self._peaks: dict[Phase, int] = {}
+        self._ends: dict[str, int] = {}
+        self._peaks: dict[str, int] = {}
 
     @contextmanager
     def step(
@@ -170,7 +170,7 @@ class CudaMeter(TimelineMeter):
         self._reserved_bytes = torch.cuda.max_memory_reserved(self._device)
 
     @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         # The high-water mark of reserved memory is reset too, but never falls while blocks stay.
         torch.cuda.reset_peak_memory_stats(self._device)
         with super().phase(name):
@@ -237,7 +237,8 @@ def _watch_logits(model: nn.Module, timeline: Timeline) -> Callable[[], None]:
     def made(logits: Tensor) -> None:
         timeline.logits_made(logits)
         if logits.requires_grad:
-            logits.register_hook(lambda gradient: timeline.logits_differentiated())
+            hooked: Any = logits
+            hooked.register_hook(lambda gradient: timeline.logits_differentiated())
 
     def after_head(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):

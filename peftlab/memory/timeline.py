@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftlab.memory.flops import operation_flops
-from peftlab.memory.trace import Phase, Role, StepTrace, StorageInfo
+from peftlab.memory.trace import PHASES, Phase, Role, StepTrace, StorageInfo
 
 CUDA_GRANULARITY = 512
 """CUDA rounds to this many bytes (c10/cuda/CUDACachingAllocator.cpp, ``kMinBlockSize``)."""
 
-_expired: Callable[[int], bool] = torch.UntypedStorage._expired
-_free_weak_ref: Callable[[int], None] = torch.UntypedStorage._free_weak_ref
+_untyped: Any = torch.UntypedStorage
+_expired: Callable[[int], bool] = _untyped._expired
+_free_weak_ref: Callable[[int], None] = _untyped._free_weak_ref
 _DEVICE = torch.ops.prim.device.default
 _PINNED: tuple[Role, ...] = ("weights", "optimizer")
 
@@ -39,7 +40,7 @@ class _Tracked:
         self.forward: int | None = None
 
 
-class Timeline(TorchDispatchMode):
+class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records which storages are live, operation by operation.
 
     Frees are found by polling weak references before every allocation: the reference keeps a
@@ -51,7 +52,7 @@ class Timeline(TorchDispatchMode):
     """
 
     def __init__(self, granularity: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self._granularity = granularity
         self._storages: list[_Tracked] = []
@@ -70,7 +71,7 @@ class Timeline(TorchDispatchMode):
         self._backward_from = 0
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         for tracked in self._live.values():
             _free_weak_ref(tracked.address)
         self._live.clear()
@@ -108,10 +109,12 @@ class Timeline(TorchDispatchMode):
         self._entered, self._left, self._phase, self.flops = [], [], None, 0
 
     @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """A part of the step. Phases may repeat, one pair a micro-batch, but never overlap."""
         if self._start is None or self._inside:
             raise RuntimeError("a phase needs a step that began, and cannot hold another phase")
+        if name not in PHASES:
+            raise ValueError(f"no phase {name!r}")
         self._poll()
         self._phase, self._inside = name, True
         self._entered.append((name, len(self._events)))
@@ -184,7 +187,7 @@ class Timeline(TorchDispatchMode):
             self._events.append((tracked.index, size - tracked.size))
             tracked.size = size
 
-    def _track(self, storage: torch.UntypedStorage, op: str) -> _Tracked | None:
+    def _track(self, storage: Any, op: str) -> _Tracked | None:
         size = self._rounded(storage.nbytes())
         if size == 0:
             return None

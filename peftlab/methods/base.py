@@ -75,6 +75,11 @@ class Method(ABC, Generic[ConfigT]):
         self.config = config
         self.notes: list[str] = []
 
+    @property
+    def extra_positions(self) -> int:
+        """Positions of the model that the method takes in front of the text."""
+        return 0
+
     def check(self, anatomy: Anatomy) -> list[Problem]:
         """What is wrong with putting this method on such a model, before weights are loaded."""
         return []

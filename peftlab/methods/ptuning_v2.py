@@ -67,6 +67,10 @@ class PTuningV2(PeftMethod[PTuningV2Config]):
         is_peft=True,
     )
 
+    @property
+    def extra_positions(self) -> int:
+        return self.config.num_virtual_tokens
+
     def check(self, anatomy: Anatomy) -> list[Problem]:
         problems = []
         if reason := _cannot_take_prefix(anatomy):

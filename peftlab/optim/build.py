@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from peftlab.errors import IncompatibleError
@@ -40,14 +39,11 @@ def build_optimizer(
         arguments["eps"] = config.adam_epsilon
     else:
         arguments["momentum"] = config.momentum
-    with warnings.catch_warnings():
-        # What bitsandbytes warns of (paged on CPU) is said once, in the notes.
-        warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
-        optimizer: Optimizer = getattr(importlib.import_module(module), attribute)(
-            groups, **arguments
-        )
+    optimizer: Any = getattr(importlib.import_module(module), attribute)(groups, **arguments)
     on_cuda = next(iter(groups[0]["params"])).is_cuda
     if info.paged and not on_cuda:
+        # Else bitsandbytes does the same, with a warning in the first step.
+        optimizer.is_paged = False
         notes.append(f"{config.optim}: paging needs CUDA; the state is not paged here")
     return optimizer, notes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -21,7 +21,7 @@ from peftlab.anatomy import Anatomy, parameter_roles
 from peftlab.errors import IncompatibleError, Problem
 from peftlab.memory.emulate import cuda_kernels
 from peftlab.memory.fake import fake_world
-from peftlab.memory.meter import NullMeter, TimelineMeter
+from peftlab.memory.meter import NullMeter, StepMeter, TimelineMeter
 from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
 from peftlab.memory.trace import StepTrace
 from peftlab.methods.base import Method
@@ -31,8 +31,8 @@ from peftlab.optim.build import build_optimizer
 from peftlab.optim.config import OptimConfig
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import TaskKind
-from peftlab.train.modes import frozen_trunk, set_training_mode, trunk_candidates
-from peftlab.train.step import MicroBatch, optimizer_step
+from peftlab.training.modes import frozen_trunk, set_training_mode, trunk_candidates
+from peftlab.training.step import MicroBatch, optimizer_step
 
 Device = Literal["cpu", "cuda"]
 
@@ -143,7 +143,8 @@ def _two_steps(
         # CUDA's allocator remembers the first step; elsewhere it only brings state into being.
         first = TimelineMeter(timeline=running) if cuda else NullMeter()
         second = TimelineMeter(timeline=running)
-        for meter in (first, second):
+        meters: tuple[StepMeter, ...] = (first, second)
+        for meter in meters:
             with meter.step(model, optimizer, batches):
                 optimizer_step(
                     model,
@@ -157,8 +158,8 @@ def _two_steps(
                     meter=meter,
                 )
             optimizer.zero_grad()
-    notes = (*notes, *getattr(request.method, "notes", ()))
-    return Simulation(second.trace, params, saved_bytes, second.result().flops, notes)
+    said = (*notes, *request.method.notes)
+    return Simulation(second.trace, params, saved_bytes, second.result().flops, said)
 
 
 def synthetic_batches(request: PlanRequest) -> list[dict[str, Tensor]]:
@@ -220,9 +221,10 @@ class _Backend:
     def prepare(self, model: nn.Module) -> None:
         """As ``Accelerator.prepare_model``: forward in autocast, outputs in fp32."""
         if self._dtype is not None:
-            forward: Callable[..., Any] = model.forward.__func__
+            bound: Any = model.forward
+            forward = bound.__func__
             within = torch.autocast("cpu", self._dtype)(forward)
-            model.forward = MethodType(  # type: ignore[method-assign]
+            model.forward = MethodType(
                 convert_outputs_to_fp32(MethodType(within, model).__func__), model
             )
 
@@ -237,7 +239,7 @@ class _Backend:
     def backward(self, loss: Tensor) -> None:
         # Accelerate divides by its own accumulation steps, of which the loop asks for one.
         loss = loss / 1
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def clip_grad_norm_(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)

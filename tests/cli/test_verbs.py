@@ -54,7 +54,7 @@ def test_from_training_to_a_prediction_and_an_export(project: Write, call: Call)
     exported = call("export", "films/small-lora", "--to", "out", "--json")
     assert exported.code == 0
     assert exported.json["verdict"] == "same"
-    assert exported.json["export_dir"] == "out"
+    assert Path(exported.json["export_dir"]) == Path("out").resolve()
     assert Path("out/model.safetensors").is_file()
 
 
@@ -115,8 +115,8 @@ def compared(
     comparison_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[dict[str, Any]]]:
     """Answers for the verb compare; returns the list of what it was called with."""
-    from peftlab.compare import verb
-    from peftlab.compare.verb import CompareResult
+    from peftlab.comparing import verb
+    from peftlab.comparing.verb import CompareResult
     from peftlab.results.comparison import read_comparison
 
     def install(status: str = "ok", *, interrupted: bool = False) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def test_an_export_that_differs_is_exit_code_1(
         assert (run, to, options) == ("x", Path("out"), {"format": "adapter", "root": Path("mine")})
         raise ExportMismatchError("the export predicts something else.")
 
-    monkeypatch.setattr(import_module("peftlab.export"), "export", export)
+    monkeypatch.setattr(import_module("peftlab.exporting"), "export", export)
     done = call("export", "x", "--to", "out", "--format", "adapter", "--output-dir", "mine")
     assert done.code == 1
     assert done.errors == ["error: the export predicts something else."]
@@ -228,7 +228,7 @@ def test_a_completion_is_predicted_from_its_prompt(
         seen.extend(rows)
         return [{"id": "0", "prediction": "fine"}]
 
-    monkeypatch.setattr(import_module("peftlab.predict"), "predict", predict)
+    monkeypatch.setattr(import_module("peftlab.predicting"), "predict", predict)
     assert call("predict", "sft/lora", "--text", "hello").out == "fine\n"
     assert seen == [{"prompt": "hello"}]
 

@@ -14,7 +14,7 @@ from peftlab.tasks import TASK_KINDS
 from peftlab.tasks.base import DataConfig
 from peftlab.tasks.data import Field, as_text, read_rows, read_splits
 from peftlab.tasks.embedded import EMBEDDED_DATASETS
-from peftlab.train.config import TrainConfig
+from peftlab.training.config import TrainConfig
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "tasks").glob("*.yaml"))
 FIELDS = [Field("text", ("text",), as_text), Field("label", ("label",), as_text, target=True)]

@@ -1,5 +1,0 @@
-"""The verb compare: recipes × seeds on one task, each in a fresh process."""
-
-from peftlab.compare.verb import CompareResult, compare
-
-__all__ = ["CompareResult", "compare"]

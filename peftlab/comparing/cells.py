@@ -1,0 +1,173 @@
+"""One cell, one process: comparable peaks, and a crash costs a cell only."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterable
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from peftlab.errors import PeftlabError, Problem, UserError
+from peftlab.experiment.schema import Experiment
+from peftlab.results.record import Record, Status
+from peftlab.results.store import RECORD, read_record, run_dir, write_record
+from peftlab.run import Request, Run, finished_run, run_experiment
+from peftlab.tasks.base import Splits
+from peftlab.tasks.metrics import METRICS
+
+_WARM = "peftlab.comparing.warm"
+"""What a fork server imports once, so that a cell starts in a fraction of a second."""
+
+
+class CellRunner:
+    """Runs cells below ``root``, each in a process of its own.
+
+    Processes are forked from a server that has the libraries loaded but never computed anything;
+    where the system has no fork server they are spawned. ``interrupted`` tells that the user
+    pressed Ctrl-C while a cell ran.
+    """
+
+    def __init__(self, root: Path, *, force: bool, progress: bool, command: str) -> None:
+        self._request = Request(
+            root=root, resume=not force, force=force, progress=progress, command=command
+        )
+        self.interrupted = False
+        self._splits: dict[str, Splits] = {}
+        self._context: BaseContext = multiprocessing.get_context("spawn")
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            server = multiprocessing.get_context("forkserver")
+            server.set_forkserver_preload([_WARM])
+            self._context = server
+
+    def check(self, experiments: Iterable[Experiment]) -> None:
+        """Check every method against its model, before the first cell starts.
+
+        Raises:
+            UserError: with the problems of all experiments, data included.
+        """
+        problems: dict[Problem, None] = {}
+        waiting = []
+        for experiment in experiments:
+            try:
+                splits = self._read(experiment)
+            except UserError as error:
+                problems |= dict.fromkeys(error.problems)
+                continue
+            if self._finished(experiment) is None:
+                waiting.append((experiment, splits))
+        if waiting and not problems:
+            receiver, sender = self._context.Pipe(duplex=False)
+            process = self._start(_check, [each for each, _ in waiting], sender)
+            sender.close()
+            try:
+                problems |= dict.fromkeys(receiver.recv())
+            except EOFError:
+                raise PeftlabError("the check before the first run crashed.") from None
+            finally:
+                process.join()
+        if problems:
+            raise UserError(problems)
+
+    def run(self, experiment: Experiment) -> tuple[Record, Path]:
+        """Run one cell, or take it as it is if it is finished; also a failed one has a record.
+
+        Raises:
+            KeyboardInterrupt: the user stopped it before there was anything to record.
+        """
+        folder = self._folder(experiment)
+        if (done := self._finished(experiment)) is not None:
+            return done.record, folder
+        # Else an early death would leave the record of an earlier run for this one's.
+        (folder / RECORD).unlink(missing_ok=True)
+        process = self._start(_cell, experiment, self._request)
+        try:
+            process.join()
+        except KeyboardInterrupt:
+            # The cell got the same signal and is writing its record.
+            self.interrupted = True
+            process.join()
+        if (folder / RECORD).exists():
+            return read_record(folder), folder
+        if self.interrupted:
+            raise KeyboardInterrupt
+        record = self._lost(experiment, process.exitcode)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(folder, record)
+        return record, folder
+
+    def _start(self, target: object, *arguments: object) -> BaseProcess:
+        process = self._context.Process(target=target, args=arguments)  # type: ignore[attr-defined]
+        process.start()
+        started: BaseProcess = process
+        return started
+
+    def _read(self, experiment: Experiment) -> Splits:
+        key = experiment.data.model_dump_json()
+        if key not in self._splits:
+            self._splits[key] = experiment.build_kind().read()
+        return self._splits[key]
+
+    def _identity(self, experiment: Experiment) -> str:
+        return experiment.identity(self._read(experiment).fingerprint)
+
+    def _folder(self, experiment: Experiment) -> Path:
+        return run_dir(
+            self._request.root,
+            experiment.task,
+            experiment.recipe,
+            self._identity(experiment),
+            experiment.seed,
+        )
+
+    def _finished(self, experiment: Experiment) -> Run | None:
+        identity = self._identity(experiment)
+        return finished_run(self._folder(experiment), experiment, identity, self._request)
+
+    def _lost(self, experiment: Experiment, exitcode: int | None) -> Record:
+        """The record of a cell whose process ended without writing one."""
+        killed = exitcode is not None and exitcode < 0
+        status: Status = "oom" if killed and exitcode == -signal.SIGKILL else "failed"
+        how = f"signal {signal.Signals(-exitcode).name}" if killed else f"exit code {exitcode}"
+        error = f"the process ended with {how}"
+        if status == "oom":
+            error += ", most likely sent by the system because memory ran out"
+        return Record(
+            identity=self._identity(experiment),
+            task=experiment.task,
+            recipe=experiment.recipe,
+            model=experiment.model.model_name_or_path,
+            seed=experiment.seed,
+            status=status,
+            error=error,
+            command=self._request.command,
+            metric=experiment.metric,
+            metric_better=METRICS[experiment.metric].better,
+        )
+
+
+def _cell(experiment: Experiment, request: Request) -> None:
+    """What a cell's process does; errors are in its record."""
+    try:
+        run_experiment(experiment, request)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except PeftlabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _check(experiments: list[Experiment], sender: object) -> None:
+    """Send the problems of all experiments."""
+    from peftlab.assemble import check_model
+
+    problems: list[Problem] = []
+    for experiment in experiments:
+        kind = experiment.build_kind()
+        try:
+            check_model(experiment, kind, kind.read())
+        except UserError as error:
+            problems += error.problems
+    sender.send(problems)  # type: ignore[attr-defined]

@@ -1,0 +1,78 @@
+"""The replayed allocator against blocks counted by hand, and CUDA's attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from peftlab.memory.allocator import CachingAllocator, reserved_bytes
+from peftlab.memory.emulate import cuda_kernels
+from peftlab.memory.fake import fake_world
+from peftlab.memory.timeline import Timeline
+from peftlab.units import MIB
+
+
+def trace_of(*sizes: int) -> Timeline:
+    with Timeline() as timeline:
+        timeline.begin()
+        for size in sizes:
+            torch.empty(size, dtype=torch.uint8)
+    return timeline
+
+
+def test_small_blocks_share_a_segment_of_two_mebibytes() -> None:
+    allocator = CachingAllocator()
+    blocks = [allocator.allocate(1) for _ in range(4096)]
+    assert allocator.reserved_bytes == 2 * MIB
+    allocator.allocate(1)
+    assert allocator.reserved_bytes == 4 * MIB
+    for block in blocks:
+        allocator.release(block)
+    allocator.allocate(MIB)
+    allocator.allocate(MIB)
+    assert allocator.reserved_bytes == 4 * MIB  # the freed neighbours have joined
+
+
+@pytest.mark.parametrize(
+    ("size", "segment"), [(MIB + 1, 20 * MIB), (10 * MIB, 10 * MIB), (11 * MIB, 12 * MIB)]
+)
+def test_segments_of_large_blocks(size: int, segment: int) -> None:
+    allocator = CachingAllocator()
+    allocator.allocate(size)
+    assert allocator.reserved_bytes == segment
+
+
+def test_a_freed_block_is_used_again_and_a_larger_one_is_not_found() -> None:
+    allocator = CachingAllocator()
+    allocator.release(allocator.allocate(30 * MIB))
+    allocator.allocate(30 * MIB)
+    assert allocator.reserved_bytes == 30 * MIB
+    allocator.allocate(32 * MIB)
+    assert allocator.reserved_bytes == 62 * MIB
+
+
+def test_replay_of_a_trace() -> None:
+    trace = trace_of(30 * MIB, 20 * MIB, 40 * MIB).trace()
+    assert reserved_bytes(trace, workspaces=()) == 70 * MIB
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "kernel"),
+    [
+        (torch.bfloat16, False, "flash"),
+        (torch.bfloat16, True, "efficient"),
+        (torch.float32, False, "efficient"),
+    ],
+)
+def test_attention_takes_the_kernel_of_cuda(dtype: torch.dtype, masked: bool, kernel: str) -> None:
+    with fake_world(), cuda_kernels(), Timeline() as timeline:
+        timeline.begin()
+        query = torch.empty(2, 4, 10, 16, dtype=dtype, requires_grad=True)
+        mask = torch.ones(2, 1, 10, 10, dtype=torch.bool) if masked else None
+        out = functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+        out.sum().backward()
+    ops = [storage.op for storage in timeline.trace().storages]
+    assert out.shape == query.shape
+    assert any(f"_scaled_dot_product_{kernel}_attention.default" in op for op in ops)
+    assert any(f"_scaled_dot_product_{kernel}_attention_backward" in op for op in ops)
