@@ -22,7 +22,7 @@ from peftlab.methods import METHODS
 from peftlab.models.config import PrecisionConfig
 from peftlab.models.tiny import TINY_ARCHITECTURES, tiny_config
 from peftlab.optim.config import OptimConfig
-from peftlab.plan import PlanRequest, Simulation, measure, simulate
+from peftlab.planning.simulate import PlanRequest, Simulation, measure, simulate
 from peftlab.tasks import TASK_KINDS
 
 METHOD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftlab.errors import PeftlabError, RunError, UserError
     from peftlab.experiment.resolve import resolve
     from peftlab.exporting import ExportResult, export
+    from peftlab.planning import Plan, plan, plan_shape
     from peftlab.predicting import LoadedRun, load_run, predict
     from peftlab.run import Request, Run, train
 
@@ -35,6 +36,7 @@ _HOMES = {
     "ExportResult": "peftlab.exporting",
     "LoadedRun": "peftlab.predicting",
     "PeftlabError": "peftlab.errors",
+    "Plan": "peftlab.planning",
     "Request": "peftlab.run",
     "Run": "peftlab.run",
     "RunError": "peftlab.errors",
@@ -42,6 +44,8 @@ _HOMES = {
     "compare": "peftlab.comparing.verb",
     "export": "peftlab.exporting",
     "load_run": "peftlab.predicting",
+    "plan": "peftlab.planning",
+    "plan_shape": "peftlab.planning",
     "predict": "peftlab.predicting",
     "resolve": "peftlab.experiment.resolve",
     "train": "peftlab.run",
@@ -52,6 +56,7 @@ __all__ = [
     "ExportResult",
     "LoadedRun",
     "PeftlabError",
+    "Plan",
     "Request",
     "Run",
     "RunError",
@@ -59,6 +64,8 @@ __all__ = [
     "compare",
     "export",
     "load_run",
+    "plan",
+    "plan_shape",
     "predict",
     "resolve",
     "train",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import time
 import traceback
@@ -15,10 +17,11 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 
 from peftlab.assemble import Assembly, assemble
-from peftlab.errors import DivergedError, RunError
+from peftlab.errors import DivergedError, IncompatibleError, RunError
 from peftlab.experiment.schema import Experiment
-from peftlab.files import replace_folder, write_text
-from peftlab.memory.meter import process_peak_bytes
+from peftlab.files import replace_folder, write_json, write_text
+from peftlab.memory.meter import available_bytes, process_peak_bytes
+from peftlab.planning.experiment import plan_experiment
 from peftlab.results.record import CurvePoint, Memory, PhaseMarks, Record, Speed, Status
 from peftlab.results.store import RECORD, write_predictions, write_record
 from peftlab.tasks.base import Splits, TaskKind
@@ -28,8 +31,10 @@ from peftlab.training.evaluate import predict_rows
 from peftlab.training.events import Listener, ProgressBar, StepFile, Tracking
 from peftlab.training.job import Job
 from peftlab.training.loop import Loop
+from peftlab.units import format_bytes
 
-ADAPTER, CHECKPOINTS, ERROR = "adapter", "checkpoints", "error.txt"
+ADAPTER, CHECKPOINTS, ERROR, PLAN = "adapter", "checkpoints", "error.txt", "plan.json"
+logger = logging.getLogger(__name__)
 
 
 class Execution:
@@ -45,7 +50,7 @@ class Execution:
     ) -> None:
         self.experiment, self.kind, self.splits = experiment, kind, splits
         self.identity, self.folder = identity, folder
-        self.known: dict[str, Any] = {}
+        self.known: dict[str, Any] = {"notes": splits.notes}
         self.speed: dict[str, Any] = {}
 
     def run(self, resume: bool, progress: bool, command: str) -> Record:
@@ -57,6 +62,8 @@ class Execution:
         """
         precision, train = self.experiment.precision, self.experiment.train
         accelerator = Accelerator(
+            # Without this, processes on a machine without accelerator would not find each other.
+            cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available(),
             mixed_precision=precision.mixed_precision,
             log_with=list(train.report_to) or None,
             project_dir=str(self.folder),
@@ -92,10 +99,11 @@ class Execution:
         return record
 
     def _execute(self, accelerator: Accelerator, resume: bool, progress: bool) -> None:
+        self._plan(accelerator)
         started = time.perf_counter()
         assembly = assemble(self.experiment, self.kind, self.splits)
         self.known["params"] = assembly.params
-        self.known["notes"] = (*self.splits.notes, *assembly.notes)
+        self.known["notes"] += assembly.notes
         job = self._job(assembly)
         # The method has drawn its own numbers: dropout shall be the same for all of them.
         set_seed(self.experiment.seed + accelerator.process_index)
@@ -112,6 +120,27 @@ class Execution:
                 assembly.method.save_adapter(assembly.model, folder)
                 self.known["saved_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
         accelerator.wait_for_everyone()
+
+    def _plan(self, accelerator: Accelerator) -> None:
+        """Foresee the memory, so that the record holds it beside what will be measured."""
+        if accelerator.num_processes > 1:
+            self.known["notes"] += ("not planned: a plan is for one process",)
+            return
+        try:
+            planned = plan_experiment(self.experiment, self.kind, self.splits)
+        except IncompatibleError as error:
+            self.known["notes"] += (f"not planned: {error}",)
+            return
+        write_json(self.folder / PLAN, planned.model_dump(mode="json"))
+        self.known["plan"] = planned.model_dump(mode="json", exclude={"timeline", "params"})
+        available = available_bytes(accelerator.device)
+        if planned.needed_bytes > available:
+            warning = (
+                f"planned to need {format_bytes(planned.needed_bytes)}, but only "
+                f"{format_bytes(available)} are free: it may run out of memory"
+            )
+            self.known["notes"] += (warning,)
+            logger.warning("%s: %s", self.experiment.recipe, warning)
 
     def _job(self, assembly: Assembly) -> Job:
         experiment, splits = self.experiment, self.splits
@@ -214,7 +243,7 @@ class Execution:
             error=error,
             metric=experiment.metric,
             metric_better=METRICS[experiment.metric].better,
-            majority_baseline=self.kind.baseline(self.splits),
+            majority_baseline=self.kind.baseline(self.splits, experiment.metric),
             labels=self.splits.labels,
             train_rows=len(self.splits.train),
             test_rows=len(self.splits.test),

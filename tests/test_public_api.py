@@ -16,6 +16,7 @@ PUBLIC = [
     "ExportResult",
     "LoadedRun",
     "PeftlabError",
+    "Plan",
     "Request",
     "Run",
     "RunError",
@@ -24,11 +25,13 @@ PUBLIC = [
     "compare",
     "export",
     "load_run",
+    "plan",
+    "plan_shape",
     "predict",
     "resolve",
     "train",
 ]
-VERBS = ["compare", "export", "load_run", "predict", "resolve", "train"]
+VERBS = ["compare", "export", "load_run", "plan", "plan_shape", "predict", "resolve", "train"]
 
 
 def test_the_exported_names() -> None:

@@ -18,7 +18,7 @@ from peftlab.cli.options import (
     seed_option,
     set_option,
 )
-from peftlab.cli.output import INTERRUPTED, answer, say, typed_command
+from peftlab.cli.output import INTERRUPTED, answer, is_main_process, say, typed_command
 from peftlab.errors import RunError
 from peftlab.units import format_bytes, format_seconds
 
@@ -91,7 +91,7 @@ def train(
             say(f"the record of the failed run: {folder}", err=True)
         raise
     answer({**run.record.model_dump(mode="json"), "run_dir": str(run.folder)})
-    if not quiet:
+    if not quiet and is_main_process():
         _summarise(run, started)
 
 

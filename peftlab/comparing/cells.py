@@ -128,9 +128,10 @@ class CellRunner:
 
     def _lost(self, experiment: Experiment, exitcode: int | None) -> Record:
         """The record of a cell whose process ended without writing one."""
-        killed = exitcode is not None and exitcode < 0
-        status: Status = "oom" if killed and exitcode == -signal.SIGKILL else "failed"
-        how = f"signal {signal.Signals(-exitcode).name}" if killed else f"exit code {exitcode}"
+        status: Status = "oom" if exitcode == -signal.SIGKILL else "failed"
+        how = f"exit code {exitcode}"
+        if exitcode is not None and exitcode < 0:
+            how = f"signal {signal.Signals(-exitcode).name}"
         error = f"the process ended with {how}"
         if status == "oom":
             error += ", most likely sent by the system because memory ran out"
@@ -170,4 +171,6 @@ def _check(experiments: list[Experiment], sender: object) -> None:
             check_model(experiment, kind, kind.read())
         except UserError as error:
             problems += error.problems
+        except KeyboardInterrupt:
+            sys.exit(130)
     sender.send(problems)  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peftlab.config import (
@@ -22,13 +23,14 @@ from peftlab.config import (
 )
 from peftlab.errors import ConfigError, Problem, UnknownNameError
 from peftlab.experiment.checks import check
-from peftlab.experiment.library import Entry, find_both
+from peftlab.experiment.library import Entry, find, find_both
 from peftlab.experiment.schema import Experiment
 from peftlab.methods import METHODS
 from peftlab.models.config import ModelConfig, PrecisionConfig
 from peftlab.optim.config import OptimConfig
 from peftlab.registry import Registry, did_you_mean
 from peftlab.tasks import TASK_KINDS
+from peftlab.tasks.base import DataConfig
 from peftlab.training.config import TrainConfig
 
 RECIPE_KEYS = ("summary", "method", "optim", "precision", "train")
@@ -66,7 +68,28 @@ def resolve(
     Raises:
         UserError: with every problem found.
     """
-    task_entry, recipe_entry = find_both(task, recipe)
+    return _resolve(*find_both(task, recipe), model, seed, overrides)
+
+
+def resolve_shape(kind: str, model: str, recipe: str, overrides: Iterable[str] = ()) -> Resolved:
+    """As ``resolve``, for a task kind without a task: the experiment has no data to read.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    task = Entry(kind, Path(kind), Layer({"kind": kind}, {("kind",): Origin("--task-kind")}))
+    data = TASK_KINDS.get(kind, "--task-kind").Config.model_construct()
+    return _resolve(task, find("methods", recipe), model, 0, overrides, data)
+
+
+def _resolve(
+    task_entry: Entry,
+    recipe_entry: Entry,
+    model: str | None,
+    seed: int,
+    overrides: Iterable[str],
+    data: DataConfig | None = None,
+) -> Resolved:
     flags: dict[str, Any] = {"seed": seed}
     flag_origins: dict[KeyPath, Origin] = {}
     if model is not None:
@@ -85,7 +108,7 @@ def resolve(
         *_unsettable(overridden),
     ]
     merged = merge(layers)
-    experiment, found = _build(merged, task_entry, recipe_entry)
+    experiment, found = _build(merged, task_entry, recipe_entry, data)
     problems += found
     if problems:
         raise ConfigError(problems)
@@ -125,11 +148,14 @@ def _unsettable(layer: Layer) -> list[Problem]:
     ]
 
 
-def _build(merged: Layer, task: Entry, recipe: Entry) -> tuple[Experiment | None, list[Problem]]:
+def _build(
+    merged: Layer, task: Entry, recipe: Entry, rows: DataConfig | None
+) -> tuple[Experiment | None, list[Problem]]:
+    """The experiment, or all that is wrong; ``rows`` stands in for the data section."""
     data, origins = merged.data, merged.origins
     problems: list[Problem] = []
     for key, entry in (("kind", task), ("model", task), ("data", task), ("method", recipe)):
-        if data.get(key) is None:
+        if data.get(key) is None and not (key == "data" and rows is not None):
             where = locate((key,), origins) if key in data else display_path(entry.path)
             problems.append(Problem(where, f"{key} is missing."))
     kind = _registered(TASK_KINDS, data.get("kind"), ("kind",), origins, problems)
@@ -141,13 +167,13 @@ def _build(merged: Layer, task: Entry, recipe: Entry) -> tuple[Experiment | None
     method = _registered(METHODS, method_kind, ("method", "kind"), origins, problems)
     schemas: dict[str, type[Config] | None] = {
         "model": ModelConfig,
-        "data": kind.Config if kind else None,
+        "data": kind.Config if kind and rows is None else None,
         "method": method.Config if method else None,
         "optim": OptimConfig,
         "precision": PrecisionConfig,
         "train": TrainConfig,
     }
-    sections: dict[str, Any] = {}
+    sections: dict[str, Any] = {} if rows is None else {"data": rows}
     for name, schema in schemas.items():
         if schema is None or (name in ("model", "data") and data.get(name) is None):
             continue

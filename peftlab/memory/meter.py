@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -259,6 +260,13 @@ def _watch_logits(model: nn.Module, timeline: Timeline) -> Callable[[], None]:
             handle.remove()
 
     return remove
+
+
+def available_bytes(device: torch.device) -> int:
+    """What is free: on the card, or of the machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def process_peak_bytes() -> int:

@@ -75,7 +75,7 @@ def _has_gradient(parameter: Tensor) -> bool:
 def fingerprint(tensor: Tensor) -> str:
     """A 128-bit hash of a tensor's bytes (XXH3)."""
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return str(xxhash.xxh3_128_hexdigest(flat.numpy()))
+    return str(xxhash.xxh3_128_hexdigest(flat.numpy().data))
 
 
 def _fingerprints(model: nn.Module, trains: bool) -> dict[str, str]:

@@ -109,7 +109,7 @@ class Loop:
             progress.timed_seconds += seconds
             progress.timed_tokens += tokens
         if event is not None:
-            rate = self.scheduler.get_last_lr()[0]
+            rate = float(self.scheduler.get_last_lr()[0])
             self._tell_step(StepEvent(
                 progress.step, self._epoch, event[0], rate, event[1], seconds, tokens, padded_tokens
             ))  # fmt: skip

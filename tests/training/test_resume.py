@@ -21,7 +21,7 @@ SETTINGS = (
     "train.eval_strategy=steps",
     "train.eval_steps=6",
 )
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(

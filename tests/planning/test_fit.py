@@ -13,7 +13,10 @@ from peftlab.methods import METHODS
 from peftlab.models.config import PrecisionConfig
 from peftlab.models.tiny import tiny_config
 from peftlab.optim.config import OptimConfig
-from peftlab.plan import Plan, PlanRequest, answer, fit
+from peftlab.planning.answer import answer
+from peftlab.planning.fit import fit
+from peftlab.planning.schema import Plan
+from peftlab.planning.simulate import PlanRequest
 from peftlab.tasks import TASK_KINDS
 from peftlab.units import GIB
 

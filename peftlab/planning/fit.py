@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from peftlab.optim.table import OPTIMIZERS
-from peftlab.plan.answer import Plan, Suggestion, answer
-from peftlab.plan.simulate import PlanRequest
+from peftlab.planning.answer import answer
+from peftlab.planning.schema import Plan, Suggestion
+from peftlab.planning.simulate import PlanRequest
 
 _EIGHT_BIT = "adamw_8bit"
 

@@ -14,10 +14,10 @@ from peftlab.methods import METHODS
 from peftlab.models.config import PrecisionConfig
 from peftlab.models.tiny import tiny_config
 from peftlab.optim.config import OptimConfig
-from peftlab.plan import PlanRequest, measure, simulate
+from peftlab.planning.simulate import PlanRequest, measure, simulate
 from peftlab.tasks import TASK_KINDS
 
-simulation = importlib.import_module("peftlab.plan.simulate")
+simulation = importlib.import_module("peftlab.planning.simulate")
 
 FULL = {"kind": "full"}
 TOP = {"kind": "freeze", "top": 1}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
@@ -29,12 +29,11 @@ from peftlab.models.config import PrecisionConfig
 from peftlab.models.load import build_from_config
 from peftlab.optim.build import build_optimizer
 from peftlab.optim.config import OptimConfig
+from peftlab.planning.schema import Device
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import TaskKind
 from peftlab.training.modes import frozen_trunk, set_training_mode, trunk_candidates
 from peftlab.training.step import MicroBatch, optimizer_step
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""The verb plan: from an experiment, or from a model's config alone, to a ``Plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peftlab.experiment.resolve import resolve, resolve_shape
+from peftlab.planning.schema import Device, Plan
+from peftlab.tasks.base import Splits
+
+
+def plan(
+    task: str,
+    recipe: str,
+    *,
+    model: str | None = None,
+    overrides: Iterable[str] = (),
+    seq_len: int | None = None,
+    device: Device | None = None,
+    memory_bytes: int | None = None,
+) -> Plan:
+    """Say what an experiment will need, before a weight is loaded.
+
+    The micro-batch is the largest that training will see, from the lengths of the task's own texts
+    and the real order of batches; with ``seq_len`` all texts are taken to be that long.
+
+    Args:
+        model: in place of the task's default.
+        overrides: ``section.key=value`` texts; the batch size is
+            ``train.per_device_train_batch_size``.
+        seq_len: tokens of every example, ``train.max_length`` or less.
+        device: whose kernels and allocator to plan for; by default what this machine has.
+        memory_bytes: answer whether it fits into this, and what would make it fit.
+
+    Raises:
+        UserError: the request is wrong, or the method cannot be planned.
+    """
+    from peftlab.planning.experiment import plan_experiment
+
+    experiment = resolve(task, recipe, model=model, overrides=overrides).experiment
+    kind = experiment.build_kind()
+    return plan_experiment(experiment, kind, kind.read(), seq_len, device, memory_bytes)
+
+
+def plan_shape(
+    recipe: str,
+    model: str,
+    *,
+    task_kind: str,
+    batch_size: int,
+    seq_len: int,
+    num_labels: int = 2,
+    overrides: Iterable[str] = (),
+    device: Device | None = None,
+    memory_bytes: int | None = None,
+) -> Plan:
+    """As ``plan``, without a task: from a model's config, a batch size and a length.
+
+    Args:
+        model: embedded name, hub id, folder, or the path of a ``config.json``; neither weights nor
+            tokenizer need to be there.
+        num_labels: of a classifier.
+
+    Raises:
+        UserError: the request is wrong, or the method cannot be planned.
+    """
+    from peftlab.planning.experiment import plan_request, request_of
+
+    micro = f"train.per_device_train_batch_size={batch_size}"
+    experiment = resolve_shape(task_kind, model, recipe, [*overrides, micro]).experiment
+    labels = tuple(str(label) for label in range(num_labels))
+    splits = Splits(train=(), validation=(), test=(), labels=labels)
+    kind = experiment.build_kind()
+    request = request_of(experiment, kind, splits, (seq_len,) * batch_size, device)
+    return plan_request(request, memory_bytes)

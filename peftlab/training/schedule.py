@@ -1,0 +1,64 @@
+"""All optimizer steps of a run: how many, of which examples, in which micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+from peftlab.training.batches import BatchPlan, shapes
+from peftlab.training.config import TrainConfig
+
+Micros = list[list[list[int]]]
+"""Example indices by micro-batch and process."""
+
+
+class Schedule:
+    """The steps that training takes, and planning foresees.
+
+    Args:
+        lengths: tokens of each training example.
+        num_processes: that share each micro-batch.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], config: TrainConfig, seed: int, num_processes: int = 1
+    ) -> None:
+        self._config, self._num_processes = config, num_processes
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.plan = BatchPlan(lengths, rows * num_processes, seed, config.group_by_length)
+        self._epoch = lru_cache(maxsize=1)(self.plan.epoch)
+        steps = math.ceil(config.num_train_epochs * self.plan.steps_per_epoch)
+        self.total_steps = config.max_steps or steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return self.plan.steps_per_epoch
+
+    def rows_of(self, step: int) -> list[int]:
+        """The examples of a step, counted from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[within]
+
+    def micro_batches(self, step: int) -> Micros:
+        """A step's examples by micro-batch and process."""
+        size = self._config.per_device_train_batch_size
+        return self.plan.micro_batches(self.rows_of(step), size, self._num_processes)
+
+    def shapes_of(self, step: int) -> list[tuple[int, int]]:
+        """(rows, tokens) of each micro-batch of a step, on every process."""
+        return shapes(self.micro_batches(step), self.plan.lengths)
+
+    def largest_step(self, start: int = 0) -> int:
+        """The step with the largest micro-batch of those from ``start`` on.
+
+        The very first step of a run is left out, since optimizer state does not exist at its peak;
+        where training may stop early, so is what comes after one epoch.
+        """
+        first = max(start, min(1, self.total_steps - 1))
+        last = self.total_steps
+        if self._config.early_stopping_patience is not None:
+            last = min(last, first + self.steps_per_epoch)
+        sizes = {step: max(map(math.prod, self.shapes_of(step))) for step in range(first, last)}
+        return max(sizes, key=sizes.__getitem__, default=first)
