@@ -16,7 +16,7 @@ from peftlab.methods.base import Method
 from peftlab.models.load import build_from_config, load_config, load_model, load_tokenizer
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import Splits, TaskKind
-from peftlab.training.modes import frozen_trunk, trunk_candidates
+from peftlab.training.modes import enable_checkpointing, frozen_trunk, trunk_candidates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +106,7 @@ def assemble(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Ass
         # A decoder's cache of keys and values helps generation only, and would be kept alive.
         base.config.use_cache = False
     if experiment.train.gradient_checkpointing:
-        base.activation_checkpointing_enable()
+        enable_checkpointing(base)
     model = method.attach(base)
     trunk = [] if experiment.train.trunk_dropout else frozen_trunk(model, candidates, above)
     return Assembly(

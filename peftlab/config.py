@@ -92,7 +92,7 @@ def _plain(node: Any, path: KeyPath, source: str, origins: dict[KeyPath, Origin]
         plain = {}
         for key, value in node.items():
             where = (*path, str(key))
-            origins[where] = Origin(source, node.lc.key(key)[0] + 1)
+            origins[where] = Origin(source, node.lc.key(key)[0] + 1)  # type: ignore[attr-defined]
             plain[str(key)] = _plain(value, where, source, origins)
         return plain
     if isinstance(node, list):

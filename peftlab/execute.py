@@ -126,19 +126,27 @@ class Execution:
         if accelerator.num_processes > 1:
             self.known["notes"] += ("not planned: a plan is for one process",)
             return
+        available = available_bytes(accelerator.device)
         try:
-            planned = plan_experiment(self.experiment, self.kind, self.splits)
+            planned = plan_experiment(
+                self.experiment, self.kind, self.splits, memory_bytes=available
+            )
         except IncompatibleError as error:
             self.known["notes"] += (f"not planned: {error}",)
             return
         write_json(self.folder / PLAN, planned.model_dump(mode="json"))
         self.known["plan"] = planned.model_dump(mode="json", exclude={"timeline", "params"})
-        available = available_bytes(accelerator.device)
-        if planned.needed_bytes > available:
+        if not planned.fits:
             warning = (
                 f"planned to need {format_bytes(planned.needed_bytes)}, but only "
                 f"{format_bytes(available)} are free: it may run out of memory"
             )
+            if planned.suggestions:
+                first = planned.suggestions[0]
+                settings = " ".join(f"--set {key}={value}" for key, value in first.settings())
+                warning += (
+                    f"; {first.text} would need {format_bytes(first.needed_bytes)}: {settings}"
+                )
             self.known["notes"] += (warning,)
             logger.warning("%s: %s", self.experiment.recipe, warning)
 

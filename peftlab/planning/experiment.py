@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def request_of(
 def plan_request(
     request: PlanRequest,
     memory_bytes: int | None = None,
-    batches: list[Mapping[str, Tensor]] | None = None,
+    batches: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Plan:
     """Plan it, and answer whether it fits into the memory there is, if that is given."""
     planned = answer(request, batches)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 from transformers import PretrainedConfig
 
 from peftlab.anatomy import Anatomy, parameter_roles
-from peftlab.errors import IncompatibleError, Problem
+from peftlab.errors import IncompatibleError, Problem, UserError
 from peftlab.memory.emulate import cuda_kernels
 from peftlab.memory.fake import fake_world
 from peftlab.memory.meter import NullMeter, StepMeter, TimelineMeter
@@ -32,7 +32,12 @@ from peftlab.optim.config import OptimConfig
 from peftlab.planning.schema import Device
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import TaskKind
-from peftlab.training.modes import frozen_trunk, set_training_mode, trunk_candidates
+from peftlab.training.modes import (
+    enable_checkpointing,
+    frozen_trunk,
+    set_training_mode,
+    trunk_candidates,
+)
 from peftlab.training.step import MicroBatch, optimizer_step
 
 
@@ -102,6 +107,12 @@ def simulate(
         kind = request.method.config.kind
         message = f"{kind} cannot be planned: it computes from the weights' values ({error.func})."
         raise IncompatibleError(Problem("method", message)) from error
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever fails on tensors without storage may well work on real ones: a run goes on.
+        message = f"cannot be planned: {type(error).__name__}: {error}"
+        raise IncompatibleError(Problem("", message.splitlines()[0])) from error
 
 
 def measure(
@@ -126,7 +137,7 @@ def _two_steps(
     above = [base.get_submodule(name) for name in (*anatomy.after_blocks, *anatomy.head)]
     base_parameters = dict(base.named_parameters())
     if request.gradient_checkpointing:
-        base.activation_checkpointing_enable()
+        enable_checkpointing(base)
     model = request.method.attach(base)
     trunk = [] if request.trunk_dropout else frozen_trunk(model, candidates, above)
     params = ParameterCounts(**parameter_roles(model, base_parameters, anatomy))

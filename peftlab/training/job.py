@@ -68,6 +68,7 @@ class Progression:
     padded_tokens: int = 0
     last_loss: float | None = None
     kept_metrics: dict[str, float | None] = field(default_factory=dict)
+    recent_losses: list[float] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 

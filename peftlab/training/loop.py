@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
@@ -25,12 +24,12 @@ from peftlab.memory.meter import NullMeter, StepMeter, step_meter
 from peftlab.methods.base import Progress
 from peftlab.optim.build import build_optimizer, build_scheduler
 from peftlab.training import checkpoint as ckpt
-from peftlab.training.batches import BatchPlan, shapes
 from peftlab.training.evaluate import predict_rows
 from peftlab.training.events import EvaluationEvent, Listener, StepEvent
 from peftlab.training.guard import LearningGuard
 from peftlab.training.job import FitResult, Job, MeasuredStep, Progression
 from peftlab.training.modes import set_training_mode
+from peftlab.training.schedule import Schedule
 from peftlab.training.state import TrainingState
 from peftlab.training.step import MicroBatch, optimizer_step
 
@@ -44,17 +43,9 @@ class Loop:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer, self.notes = build_optimizer(self.model, job.optim, job.anatomy)
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
-        config, processes = job.train, accelerator.num_processes
-        step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.plan = BatchPlan(
-            [len(features["input_ids"]) for features in job.features],
-            step_rows * processes,
-            job.seed,
-            config.group_by_length,
-        )
-        self.epoch_steps = lru_cache(maxsize=1)(self.plan.epoch)
-        steps = math.ceil(config.num_train_epochs * self.plan.steps_per_epoch)
-        self.total_steps = config.max_steps or steps
+        self.lengths = [len(features["input_ids"]) for features in job.features]
+        self.schedule = Schedule(self.lengths, job.train, job.seed, accelerator.num_processes)
+        self.total_steps = self.schedule.total_steps
         self.scheduler = build_scheduler(optimizer, job.optim, self.total_steps)
         self.guard = LearningGuard(self.model)
         self.state = TrainingState(
@@ -72,12 +63,12 @@ class Loop:
         """
         if resume:
             self._restore()
-        step_to_measure = self._step_to_measure()
+        to_measure = self.schedule.largest_step(self.progress.step)
         try:
             for listener in self.listeners:
                 listener.on_begin(self.total_steps, self.progress.step)
             while self.progress.step < self.total_steps and not self._stopped_early():
-                self._advance(measure=self.progress.step + 1 == step_to_measure)
+                self._advance(measure=self.progress.step == to_measure)
         finally:
             for listener in self.listeners:
                 listener.on_end()
@@ -89,8 +80,9 @@ class Loop:
     def _advance(self, measure: bool) -> None:
         """One optimizer step and what follows it."""
         progress, config, started = self.progress, self.job.train, time.perf_counter()
-        rows = self._rows_of(progress.step)
-        loss, grad_norm, padded_tokens = self._train_on(rows, measure)
+        tokens = sum(self.lengths[row] for row in self.schedule.rows_of(progress.step))
+        rate = float(self.scheduler.get_last_lr()[0])
+        loss, grad_norm, padded_tokens = self._train(measure)
         progress.step += 1
         self.job.method.on_step_end(self.model, Progress(progress.step, self.total_steps))
         if not self.accelerator.optimizer_step_was_skipped:
@@ -101,7 +93,6 @@ class Loop:
             progress.last_loss = self._finite(loss)
             event = (progress.last_loss, None if grad_norm is None else float(grad_norm))
         seconds = time.perf_counter() - started
-        tokens = sum(self.plan.lengths[row] for row in rows)
         progress.tokens += tokens
         progress.padded_tokens += padded_tokens
         progress.train_seconds += seconds
@@ -109,7 +100,6 @@ class Loop:
             progress.timed_seconds += seconds
             progress.timed_tokens += tokens
         if event is not None:
-            rate = float(self.scheduler.get_last_lr()[0])
             self._tell_step(StepEvent(
                 progress.step, self._epoch, event[0], rate, event[1], seconds, tokens, padded_tokens
             ))  # fmt: skip
@@ -118,13 +108,12 @@ class Loop:
         if self._due(config.save_strategy, config.save_steps):
             self._save()
 
-    def _train_on(self, rows: Sequence[int], measure: bool) -> tuple[Tensor, Tensor | None, int]:
+    def _train(self, measure: bool) -> tuple[Tensor, Tensor | None, int]:
         """The optimizer step itself: mean loss, gradient norm, padded tokens of all processes."""
         job = self.job
         set_training_mode(self.model, job.trunk)
-        micros = self.plan.micro_batches(
-            rows, job.train.per_device_train_batch_size, self.accelerator.num_processes
-        )
+        micros = self.schedule.micro_batches(self.progress.step)
+        rows = self.schedule.rows_of(self.progress.step)
         batches = [self._collate(micro[self.accelerator.process_index]) for micro in micros]
         meter: StepMeter = step_meter(self.accelerator.device) if measure else NullMeter()
         with meter.step(self.model, self.optimizer, [batch.inputs for batch in batches]):
@@ -141,7 +130,7 @@ class Loop:
             )
         self.guard.observe(self.model)
         self.optimizer.zero_grad()
-        padded = shapes(micros, self.plan.lengths)
+        padded = self.schedule.shapes_of(self.progress.step)
         padded_tokens = sum(map(math.prod, padded))
         if (measurement := meter.result()) is not None:
             largest = max(padded, key=math.prod)
@@ -168,6 +157,7 @@ class Loop:
         return value
 
     def _tell_step(self, event: StepEvent) -> None:
+        self.state.note_loss(event, self.total_steps)
         for listener in self.listeners:
             listener.on_step(event)
 
@@ -200,28 +190,12 @@ class Loop:
         """Whether what is configured as no, epoch or steps is due after this step."""
         if strategy == "no":
             return False
-        interval = every if strategy == "steps" and every else self.plan.steps_per_epoch
+        interval = every if strategy == "steps" and every else self.schedule.steps_per_epoch
         return self.progress.step % interval == 0 or self.progress.step == self.total_steps
 
     def _stopped_early(self) -> bool:
         patience = self.job.train.early_stopping_patience
         return patience is not None and self.progress.evaluations_since_best >= patience
-
-    def _rows_of(self, step: int) -> list[int]:
-        """The examples of a step, counted from 0."""
-        epoch, within = divmod(step, self.plan.steps_per_epoch)
-        return self.epoch_steps(epoch)[within]
-
-    def _step_to_measure(self) -> int:
-        """The step with the most padded tokens of the first epoch, the very first left out."""
-        first = self.progress.step + (1 if self.progress.step == 0 and self.total_steps > 1 else 0)
-        last = min(self.total_steps, first + self.plan.steps_per_epoch)
-        sizes = {
-            step + 1: len(rows) * max(self.plan.lengths[row] for row in rows)
-            for step in range(first, last)
-            for rows in [self._rows_of(step)]
-        }
-        return max(sizes, key=sizes.__getitem__, default=0)
 
     def _save(self) -> None:
         rng = gather_object([ckpt.rng_state()])
@@ -244,4 +218,4 @@ class Loop:
 
     @property
     def _epoch(self) -> float:
-        return self.progress.step / self.plan.steps_per_epoch
+        return self.progress.step / self.schedule.steps_per_epoch

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from peftlab.anatomy import Anatomy
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Gradient checkpointing of a transformers model, before a method attaches."""
+    model.activation_checkpointing_enable()
+    # transformers makes the embeddings' output require gradients, which reentrant checkpointing
+    # needed; without it blocks below the lowest trainable tensor stay out of backward.
+    model.disable_input_require_grads()
 
 
 def trunk_candidates(base: nn.Module, anatomy: Anatomy) -> list[nn.Module]:

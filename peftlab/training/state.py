@@ -12,8 +12,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from peftlab.errors import RunFolderError
 from peftlab.methods.base import Method
 from peftlab.training import checkpoint as ckpt
+from peftlab.training.events import StepEvent
 from peftlab.training.guard import LearningGuard
 from peftlab.training.job import Progression
+
+CURVE_POINTS = 40
+"""Points of the training loss that a record keeps; ``steps.jsonl`` has them all."""
 
 
 @dataclass
@@ -57,6 +61,17 @@ class TrainingState:
         """Put the best weights back, if any were kept."""
         if self.best:
             self.method.load_training_state(self.model, self.best)
+
+    def note_loss(self, event: StepEvent, total_steps: int) -> None:
+        """Add a point of the learning curve now and then: the mean loss since the last one."""
+        progress = self.progress
+        progress.recent_losses.append(event.loss)
+        if event.step % max(1, total_steps // CURVE_POINTS) == 0:
+            mean = sum(progress.recent_losses) / len(progress.recent_losses)
+            progress.recent_losses.clear()
+            progress.curve.append(
+                {"step": event.step, "epoch": event.epoch, "train_loss": mean, "metric": None}
+            )
 
     def capture(self, rng: list[dict[str, str]]) -> ckpt.Checkpoint:
         """A checkpoint of now; ``rng`` are the generators of all processes."""

@@ -68,12 +68,12 @@ def oracle_losses(assembly: Assembly, loop: Any, folder: Path) -> tuple[list[flo
     optim, train = experiment.optim, experiment.train
     kind, tokenizer = assembly.kind, assembly.tokenizer
     features = loop.job.features
-    rows = [loop._rows_of(step) for step in range(STEPS)]
+    rows = [loop.schedule.rows_of(step) for step in range(STEPS)]
     size = train.per_device_train_batch_size
     batches = [
         [
             kind.collate([features[row] for row in micro[0]], tokenizer)
-            for micro in loop.plan.micro_batches(step, size, 1)
+            for micro in loop.schedule.plan.micro_batches(step, size, 1)
         ]
         for step in rows
     ]
