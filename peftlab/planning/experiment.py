@@ -79,9 +79,7 @@ def plan_request(
     planned = answer(request, batches)
     if memory_bytes is None:
         return planned
-    if planned.needed_bytes <= memory_bytes:
-        return planned.model_copy(update={"memory_bytes": memory_bytes, "fits": True})
-    return fit(request, memory_bytes)
+    return fit(request, memory_bytes, planned)
 
 
 def _config(experiment: Experiment, values: dict[str, Any]) -> PretrainedConfig:

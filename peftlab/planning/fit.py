@@ -14,17 +14,20 @@ from peftlab.planning.simulate import PlanRequest
 _EIGHT_BIT = "adamw_8bit"
 
 
-def fit(request: PlanRequest, memory_bytes: int) -> Plan:
+def fit(request: PlanRequest, memory_bytes: int, first: Plan | None = None) -> Plan:
     """Plan, compare with the memory there is, and look for changes under which it fits.
 
     Every suggestion was planned itself. The effective batch (micro-batch times accumulation) stays
     as it is. In order of least harm: smaller micro-batches cost nothing but speed, checkpointing
     costs about a third more arithmetic, an 8-bit optimizer changes numbers.
 
+    Args:
+        first: the plan of the request itself, where it was planned on real batches.
+
     Raises:
         IncompatibleError: the method cannot be put on this model, or cannot be planned.
     """
-    first = answer(request)
+    first = first or answer(request)
     fits = first.needed_bytes <= memory_bytes
     suggestions = () if fits else tuple(_suggestions(request, first, memory_bytes))
     return first.model_copy(

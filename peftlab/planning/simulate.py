@@ -190,6 +190,8 @@ def synthetic_batches(request: PlanRequest) -> list[dict[str, Tensor]]:
         # Some classifiers read the state of the one token that ends a text.
         ids[torch.arange(len(request.lengths)), torch.tensor(request.lengths) - 1] = eos
     batch = {"input_ids": ids, "attention_mask": mask}
+    if request.kind.traits.unit == "examples" and getattr(text, "type_vocab_size", 0) > 1:
+        batch["token_type_ids"] = torch.zeros_like(ids)
     if request.kind.traits.unit == "tokens":
         batch["labels"] = torch.where(mask.bool(), ids, -100)
     elif request.config.problem_type == "regression":
