@@ -104,7 +104,7 @@ class Execution:
         assembly = assemble(self.experiment, self.kind, self.splits)
         self.known["params"] = assembly.params
         self.known["notes"] += assembly.notes
-        job = self._job(assembly)
+        job = job_of(assembly, self.folder / CHECKPOINTS)
         # The method has drawn its own numbers: dropout shall be the same for all of them.
         set_seed(self.experiment.seed + accelerator.process_index)
         loop = Loop(job, accelerator, self._listeners(accelerator, progress))
@@ -149,28 +149,6 @@ class Execution:
                 )
             self.known["notes"] += (warning,)
             logger.warning("%s: %s", self.experiment.recipe, warning)
-
-    def _job(self, assembly: Assembly) -> Job:
-        experiment, splits = self.experiment, self.splits
-        return Job(
-            model=assembly.model,
-            method=assembly.method,
-            kind=self.kind,
-            tokenizer=assembly.tokenizer,
-            anatomy=assembly.anatomy,
-            trunk=assembly.trunk,
-            features=self.kind.encode(
-                splits.train, assembly.tokenizer, experiment.train.max_length
-            ),
-            validation=splits.validation,
-            labels=splits.labels,
-            metric=experiment.metric,
-            metric_better=METRICS[experiment.metric].better,
-            optim=experiment.optim,
-            train=experiment.train,
-            seed=experiment.seed,
-            checkpoints=self.folder / CHECKPOINTS,
-        )
 
     def _listeners(self, accelerator: Accelerator, progress: bool) -> list[Listener]:
         experiment = self.experiment
@@ -261,6 +239,30 @@ class Execution:
 
     def _write(self, status: Status, error: str) -> None:
         write_record(self.folder, self._record(status, error))
+
+
+def job_of(assembly: Assembly, checkpoints: Path) -> Job:
+    """What the loop needs to train an assembly."""
+    experiment, splits = assembly.experiment, assembly.splits
+    return Job(
+        model=assembly.model,
+        method=assembly.method,
+        kind=assembly.kind,
+        tokenizer=assembly.tokenizer,
+        anatomy=assembly.anatomy,
+        trunk=assembly.trunk,
+        features=assembly.kind.encode(
+            splits.train, assembly.tokenizer, experiment.train.max_length
+        ),
+        validation=splits.validation,
+        labels=splits.labels,
+        metric=experiment.metric,
+        metric_better=METRICS[experiment.metric].better,
+        optim=experiment.optim,
+        train=experiment.train,
+        seed=experiment.seed,
+        checkpoints=checkpoints,
+    )
 
 
 def _status_of(error: BaseException) -> Status:

@@ -197,7 +197,7 @@ def test_the_readmes_method_trains_what_it_says() -> None:
 def test_python_blocks_compile() -> None:
     for page in PAGES:
         for block in blocks(page, "python"):
-            compile(block, shown(page), "exec")
+            assert compile(block, shown(page), "exec").co_names
 
 
 def readme_table() -> types.ModuleType:

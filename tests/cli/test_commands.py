@@ -43,7 +43,8 @@ def test_examples_parse(name: str) -> None:
         words = shlex.split(example.split(f"peftlab {name}", 1)[1])
         if name == "report":
             words[0] = "."
-        command.make_context(name, words, parent=click.Context(click.Command("peftlab")))
+        context = command.make_context(name, words, parent=click.Context(click.Command("peftlab")))
+        assert context.info_name == name
 
 
 def test_without_a_command_help_lists_them_all(call: Call) -> None:

@@ -16,11 +16,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from peftlab.assemble import Assembly, assemble
+from peftlab.execute import job_of
 from peftlab.experiment.resolve import resolve
 from peftlab.models.tiny import tiny_config
-from peftlab.tasks.metrics import METRICS
 from peftlab.training.events import Listener, StepEvent
-from peftlab.training.job import Job
 from peftlab.training.loop import Loop
 from tests.exporting.conftest import make_tokenizer
 
@@ -128,30 +127,6 @@ class Losses(Listener):
         self.events.append(event)
 
 
-def job_of(assembly: Assembly, folder: Path) -> Job:
-    """The job that ``peftlab train`` would run for an assembly."""
-    experiment = assembly.experiment
-    return Job(
-        model=assembly.model,
-        method=assembly.method,
-        kind=assembly.kind,
-        tokenizer=assembly.tokenizer,
-        anatomy=assembly.anatomy,
-        trunk=assembly.trunk,
-        features=assembly.kind.encode(
-            assembly.splits.train, assembly.tokenizer, experiment.train.max_length
-        ),
-        validation=assembly.splits.validation,
-        labels=assembly.splits.labels,
-        metric=experiment.metric,
-        metric_better=METRICS[experiment.metric].better,
-        optim=experiment.optim,
-        train=experiment.train,
-        seed=experiment.seed,
-        checkpoints=folder / "checkpoints",
-    )
-
-
 @pytest.fixture
 def loop_of(tmp_path: Path) -> Iterator[Callable[..., tuple[Loop, Losses]]]:
     """A loop over an assembly, and the listener that hears it; more listeners may join."""
@@ -162,7 +137,9 @@ def loop_of(tmp_path: Path) -> Iterator[Callable[..., tuple[Loop, Losses]]]:
         losses = Losses()
         precision = assembly.experiment.precision.mixed_precision
         accelerator = Accelerator(mixed_precision=precision)
-        return Loop(job_of(assembly, tmp_path), accelerator, [losses, *listeners]), losses
+        return Loop(
+            job_of(assembly, tmp_path / "checkpoints"), accelerator, [losses, *listeners]
+        ), losses
 
     yield build
     AcceleratorState._reset_state()
