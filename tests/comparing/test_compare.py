@@ -277,6 +277,8 @@ def test_ctrl_c_keeps_what_is_finished(task: Path, working_directory: Path) -> N
         command(120),
         env=environment,
         start_new_session=True,
+        # Whoever started these tests in the background may ignore SIGINT, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

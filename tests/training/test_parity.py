@@ -20,6 +20,7 @@ RECIPES = ("full", "freeze-top1", "lora", "ptuning-v2")
 SETTINGS = (
     f"train.max_steps={STEPS}",
     "train.eval_strategy=no",
+    "optim.learning_rate=1e-3",
     "optim.weight_decay=0.1",
     "optim.warmup_steps=5",
     "optim.max_grad_norm=0.5",
