@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from peftlab.assemble import Assembly, assemble
-from peftlab.errors import DivergedError, IncompatibleError, RunError
+from peftlab.errors import DivergedError, IncompatibleError, Problem, RunError
 from peftlab.experiment.schema import Experiment
 from peftlab.files import replace_folder, write_json, write_text
 from peftlab.memory.meter import available_bytes, process_peak_bytes
@@ -68,6 +68,7 @@ class Execution:
             log_with=list(train.report_to) or None,
             project_dir=str(self.folder),
         )
+        _refuse_sharding(accelerator)
         if accelerator.is_main_process:
             (self.folder / RECORD).unlink(missing_ok=True)
             if not resume:
@@ -263,6 +264,23 @@ def job_of(assembly: Assembly, checkpoints: Path) -> Job:
         seed=experiment.seed,
         checkpoints=checkpoints,
     )
+
+
+def _refuse_sharding(accelerator: Accelerator) -> None:
+    """Checkpoints, guard and adapters read whole parameters, which shards do not hold.
+
+    Raises:
+        IncompatibleError: the launcher asked for FSDP, DeepSpeed or another way of sharding.
+    """
+    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in whole:
+        raise IncompatibleError(
+            Problem(
+                "accelerate",
+                f"{accelerator.distributed_type.value} shards parameters, which is not supported.",
+                "Launch data-parallel training: accelerate launch --multi_gpu.",
+            )
+        )
 
 
 def _status_of(error: BaseException) -> Status:
