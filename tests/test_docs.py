@@ -132,7 +132,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def listed(heading: str) -> set[str]:
-    """The names in the first column of the README's table with that first heading."""
+    """The names in the first column of the README's list with these first headings."""
     text = README.read_text(encoding="utf-8")
     table = re.search(rf"^\| {heading} \|.*\n\|[-| :]+\n((?:\|.*\n)+)", text, re.MULTILINE)
     assert table is not None
@@ -140,9 +140,11 @@ def listed(heading: str) -> set[str]:
 
 
 def test_readme_names_every_shipped_recipe_task_and_model() -> None:
-    assert listed("recipe") == {path.stem for path in RECIPES if path.parent.name == "methods"}
-    assert listed("task") == {path.stem for path in RECIPES if path.parent.name == "tasks"}
-    assert listed("model") == set(embedded_models())
+    assert listed(r"recipe \| what trains") == {
+        path.stem for path in RECIPES if path.parent.name == "methods"
+    }
+    assert listed(r"task \| kind") == {path.stem for path in RECIPES if path.parent.name == "tasks"}
+    assert listed(r"model \| what it is") == set(embedded_models())
 
 
 @pytest.mark.parametrize("kind", METHODS.names)
