@@ -32,13 +32,6 @@ class PhaseMeter(Protocol):
     def phase(self, name: str) -> AbstractContextManager[Any]: ...
 
 
-class NullMeter:
-    """Measures nothing."""
-
-    def phase(self, name: str) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """A collated batch; ``weight`` is 0 for one that only keeps the processes in step."""
