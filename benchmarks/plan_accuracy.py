@@ -24,6 +24,7 @@ from peftlab.models.tiny import TINY_ARCHITECTURES, tiny_config
 from peftlab.optim.config import OptimConfig
 from peftlab.planning.simulate import PlanRequest, Simulation, measure, simulate
 from peftlab.tasks import TASK_KINDS
+from peftlab.training.config import TrainConfig
 
 METHOD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "full": ({"kind": "full"}, "adamw_torch"),
@@ -71,7 +72,7 @@ def cells() -> Iterator[tuple[tuple[str, ...], PlanRequest]]:
                 optim=OptimConfig(learning_rate=1e-3, optim=optim),
                 precision=PRECISIONS[precision],
                 lengths=(12, 12, 9, 7),
-                gradient_checkpointing=checkpointing,
+                train=TrainConfig(gradient_checkpointing=checkpointing),
             ),
         )
 
@@ -93,7 +94,10 @@ def main() -> int:
     rows, refused, worst = [], 0, (0, "none")
     for labels, request in cells():
         cell = " · ".join(labels)
-        if request.gradient_checkpointing and not request.method.traits.works_with_checkpointing:
+        if (
+            request.train.gradient_checkpointing
+            and not request.method.traits.works_with_checkpointing
+        ):
             continue
         try:
             planned, real = simulate(request), measure(request)

@@ -15,11 +15,12 @@ from peftlab.experiment.schema import Experiment
 from peftlab.methods.base import Method
 from peftlab.models.load import build_from_config, load_config, load_model, load_tokenizer
 from peftlab.results.record import ParameterCounts
-from peftlab.tasks.base import Splits, TaskKind
+from peftlab.tasks.base import Splits, TaskKind, TaskTraits
+from peftlab.training.config import TrainConfig
 from peftlab.training.modes import enable_checkpointing, frozen_trunk, trunk_candidates
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -97,27 +98,58 @@ def assemble(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Ass
         kind.traits.auto_class,
         kind.model_kwargs(splits),
     )
-    anatomy = Anatomy.of(base)
-    candidates = trunk_candidates(base, anatomy)
-    above = [base.get_submodule(name) for name in (*anatomy.after_blocks, *anatomy.head)]
-    base_parameters = dict(base.named_parameters())
     method = experiment.build_method()
-    if not kind.traits.generates:
-        # A decoder's cache of keys and values helps generation only, and would be kept alive.
-        base.config.use_cache = False
-    if experiment.train.gradient_checkpointing:
-        enable_checkpointing(base)
-    model = method.attach(base)
-    trunk = [] if experiment.train.trunk_dropout else frozen_trunk(model, candidates, above)
+    prepared = prepare(base, method, kind.traits, experiment.train)
     return Assembly(
         experiment=experiment,
         kind=kind,
         splits=splits,
         tokenizer=tokenizer,
-        anatomy=anatomy,
+        anatomy=prepared.anatomy,
         method=method,
-        model=model,
-        params=ParameterCounts(**parameter_roles(model, base_parameters, anatomy)),
-        trunk=trunk,
+        model=prepared.model,
+        params=prepared.params,
+        trunk=prepared.trunk,
         notes=tuple(method.notes),
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with its method attached, as a real run and a planned one train it.
+
+    Args:
+        anatomy: of the base model.
+        trunk: modules that stay in eval mode while training.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    params: ParameterCounts
+    trunk: Sequence[nn.Module]
+
+
+def prepare(
+    base: PreTrainedModel, method: Method[Any], kind: TaskTraits, train: TrainConfig
+) -> Prepared:
+    """Attach the method to a model that is built, with or without storage.
+
+    Raises:
+        IncompatibleError: the method cannot be put on this model.
+    """
+    anatomy = Anatomy.of(base)
+    candidates = trunk_candidates(base, anatomy)
+    above = [base.get_submodule(name) for name in (*anatomy.after_blocks, *anatomy.head)]
+    base_parameters = dict(base.named_parameters())
+    if not kind.generates:
+        # A decoder's cache of keys and values helps generation only, and would be kept alive.
+        base.config.use_cache = False
+    if train.gradient_checkpointing:
+        enable_checkpointing(base)
+    model = method.attach(base)
+    return Prepared(
+        model=model,
+        anatomy=anatomy,
+        params=ParameterCounts(**parameter_roles(model, base_parameters, anatomy)),
+        trunk=[] if train.trunk_dropout else frozen_trunk(model, candidates, above),
     )

@@ -46,8 +46,8 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         batch_shape=(rows, tokens),
         gradient_accumulation_steps=len(batches)
         if batches
-        else request.gradient_accumulation_steps,
-        gradient_checkpointing=request.gradient_checkpointing,
+        else request.train.gradient_accumulation_steps,
+        gradient_checkpointing=request.train.gradient_checkpointing,
         reserved_bytes=reserved,
         context_bytes=context,
         needed_bytes=reserved + context,

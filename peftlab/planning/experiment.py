@@ -53,7 +53,6 @@ def request_of(
     device: Device | None = None,
 ) -> PlanRequest:
     """What the planner needs to know of an experiment."""
-    train = experiment.train
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
     return PlanRequest(
         config=_config(experiment, kind.model_kwargs(splits)),
@@ -62,9 +61,7 @@ def request_of(
         optim=experiment.optim,
         precision=experiment.precision,
         lengths=tuple(lengths),
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        gradient_checkpointing=train.gradient_checkpointing,
-        trunk_dropout=train.trunk_dropout,
+        train=experiment.train,
         device=device or here,
         attn_implementation=experiment.model.attn_implementation,
     )

@@ -46,7 +46,7 @@ def _suggestions(request: PlanRequest, first: Plan, memory_bytes: int) -> Iterat
         if len(smaller.lengths) != len(request.lengths):
             batch = {
                 "train.per_device_train_batch_size": len(smaller.lengths),
-                "train.gradient_accumulation_steps": smaller.gradient_accumulation_steps,
+                "train.gradient_accumulation_steps": smaller.train.gradient_accumulation_steps,
             }
             size = f"micro-batches of {len(smaller.lengths)}"
             text = f"{size} and {text}" if text else size
@@ -58,13 +58,13 @@ def _suggestions(request: PlanRequest, first: Plan, memory_bytes: int) -> Iterat
 def _variants(request: PlanRequest) -> Iterator[tuple[str, dict[str, Any], PlanRequest]]:
     yield "", {}, request
     checkpointing = request.method.traits.works_with_checkpointing
-    if checkpointing and not request.gradient_checkpointing:
-        request = replace(request, gradient_checkpointing=True)
+    if checkpointing and not request.train.gradient_checkpointing:
+        request = request.with_train(gradient_checkpointing=True)
         yield "gradient checkpointing", {"train.gradient_checkpointing": True}, request
     if OPTIMIZERS.get(request.optim.optim, OPTIMIZERS[_EIGHT_BIT]).state_bits > 8:
         text = "an 8-bit optimizer"
         overrides: dict[str, Any] = {"optim.optim": _EIGHT_BIT}
-        if request.gradient_checkpointing:
+        if request.train.gradient_checkpointing:
             text = f"gradient checkpointing and {text}"
             overrides["train.gradient_checkpointing"] = True
         optim = request.optim.model_copy(update={"optim": _EIGHT_BIT})
@@ -93,11 +93,12 @@ def largest_micro_batch(
             request,
             # The longest examples decide the peak.
             lengths=tuple(sorted(request.lengths, reverse=True)[:micro]),
-            gradient_accumulation_steps=request.gradient_accumulation_steps * size // micro,
+        ).with_train(
+            gradient_accumulation_steps=request.train.gradient_accumulation_steps * size // micro
         )
         # A third micro-batch holds what the second held: plan no more than two of them.
-        steps = min(2, smaller.gradient_accumulation_steps)
-        return smaller, answer(replace(smaller, gradient_accumulation_steps=steps))
+        steps = min(2, smaller.train.gradient_accumulation_steps)
+        return smaller, answer(smaller.with_train(gradient_accumulation_steps=steps))
 
     return _last_that_fits(sizes, memory_bytes, planned)
 

@@ -71,7 +71,7 @@ class Plan(Config):
     device: Device
     batch_shape: tuple[int, int]
     gradient_accumulation_steps: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["selective"]
     reserved_bytes: int
     context_bytes: int
     needed_bytes: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import PretrainedConfig
 
-from peftlab.anatomy import Anatomy, parameter_roles
+from peftlab.assemble import prepare
 from peftlab.errors import IncompatibleError, Problem, UserError
 from peftlab.memory.emulate import cuda_kernels
 from peftlab.memory.fake import fake_world
@@ -32,12 +32,8 @@ from peftlab.optim.config import OptimConfig
 from peftlab.planning.schema import Device
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import TaskKind
-from peftlab.training.modes import (
-    enable_checkpointing,
-    frozen_trunk,
-    set_training_mode,
-    trunk_candidates,
-)
+from peftlab.training.config import TrainConfig
+from peftlab.training.modes import set_training_mode
 from peftlab.training.step import MicroBatch, optimizer_step
 
 
@@ -49,6 +45,8 @@ class PlanRequest:
         config: of the model, with the task's values set (``num_labels``, …).
         kind: the task kind, for its loss and model class; its data is not read.
         lengths: tokens of each example of a micro-batch, which is padded to the longest.
+        train: for what changes a step: accumulation, checkpointing, the trunk's mode; the size of a
+            micro-batch is that of ``lengths``.
         device: whose kernels and allocator to plan for.
     """
 
@@ -58,11 +56,13 @@ class PlanRequest:
     optim: OptimConfig
     precision: PrecisionConfig
     lengths: tuple[int, ...]
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    trunk_dropout: bool = False
+    train: TrainConfig = field(default_factory=TrainConfig)
     device: Device = "cpu"
     attn_implementation: str = "sdpa"
+
+    def with_train(self, **values: Any) -> PlanRequest:
+        """The same with other values in its train section."""
+        return replace(self, train=self.train.model_copy(update=values))
 
 
 @dataclass(frozen=True)
@@ -132,21 +132,14 @@ def _two_steps(
         getattr(torch, request.precision.dtype),
         request.attn_implementation,
     )
-    anatomy = Anatomy.of(base)
-    candidates = trunk_candidates(base, anatomy)
-    above = [base.get_submodule(name) for name in (*anatomy.after_blocks, *anatomy.head)]
-    base_parameters = dict(base.named_parameters())
-    if request.gradient_checkpointing:
-        enable_checkpointing(base)
-    model = request.method.attach(base)
-    trunk = [] if request.trunk_dropout else frozen_trunk(model, candidates, above)
-    params = ParameterCounts(**parameter_roles(model, base_parameters, anatomy))
+    prepared = prepare(base, request.method, request.kind.traits, request.train)
+    model = prepared.model
     saved_bytes = sum(t.nbytes for t in request.method.adapter_state(model).values())
-    optimizer, notes = build_optimizer(model, request.optim, anatomy)
+    optimizer, notes = build_optimizer(model, request.optim, prepared.anatomy)
     trained = [p for p in model.parameters() if p.requires_grad]
     backend = _Backend(request.precision)
     backend.prepare(model)
-    set_training_mode(model, trunk)
+    set_training_mode(model, prepared.trunk)
     inputs = [MicroBatch(batch) for batch in batches]
     cuda = request.device == "cuda"
     with Timeline(CUDA_GRANULARITY) if cuda else nullcontext() as running:
@@ -169,7 +162,7 @@ def _two_steps(
                 )
             optimizer.zero_grad()
     said = (*notes, *request.method.notes)
-    return Simulation(second.trace, params, saved_bytes, second.result().flops, said)
+    return Simulation(second.trace, prepared.params, saved_bytes, second.result().flops, said)
 
 
 def synthetic_batches(request: PlanRequest) -> list[dict[str, Tensor]]:
@@ -198,7 +191,7 @@ def synthetic_batches(request: PlanRequest) -> list[dict[str, Tensor]]:
         batch["labels"] = torch.zeros(len(request.lengths))
     else:
         batch["labels"] = torch.zeros(len(request.lengths), dtype=torch.long)
-    return [batch] * request.gradient_accumulation_steps
+    return [batch] * request.train.gradient_accumulation_steps
 
 
 def _num_items(kind: TaskKind[Any], batches: Sequence[Mapping[str, Tensor]]) -> int:

@@ -15,6 +15,8 @@ class TrainConfig(Config):
     ``eval_strategy: epoch`` evaluates on the validation split at the end of each epoch, ``steps``
     every ``eval_steps`` optimizer steps. With ``load_best_model_at_end`` the weights with the best
     validation metric are the result. ``max_steps`` overrides ``num_train_epochs``.
+    ``gradient_checkpointing: selective`` keeps matrix products and attention, and recomputes the
+    rest.
     """
 
     num_train_epochs: float = Field(default=3, gt=0)
@@ -23,7 +25,7 @@ class TrainConfig(Config):
     per_device_eval_batch_size: int = Field(default=64, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     max_length: int = Field(default=128, ge=4)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     group_by_length: bool = True
     trunk_dropout: bool = False
     eval_strategy: Literal["no", "epoch", "steps"] = "epoch"

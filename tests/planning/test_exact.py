@@ -16,6 +16,7 @@ from peftlab.models.tiny import tiny_config
 from peftlab.optim.config import OptimConfig
 from peftlab.planning.simulate import PlanRequest, measure, simulate
 from peftlab.tasks import TASK_KINDS
+from peftlab.training.config import TrainConfig
 
 simulation = importlib.import_module("peftlab.planning.simulate")
 
@@ -50,19 +51,19 @@ def request_of(
 
 CASES = [
     ("bert", "classification", FULL, {}),
-    ("bert", "classification", FULL, {"gradient_checkpointing": True}),
+    ("bert", "classification", FULL, {"train": TrainConfig(gradient_checkpointing=True)}),
     ("bert", "classification", TOP, {}),
     ("bert", "classification", LORA, {}),
     ("bert", "classification", PREFIX, {}),
     ("bert", "classification", BITFIT, {}),
-    ("bert", "regression", LORA_QV, {"gradient_accumulation_steps": 2}),
+    ("bert", "regression", LORA_QV, {"train": TrainConfig(gradient_accumulation_steps=2)}),
     ("roberta", "classification", PROJECTED, {}),
-    ("distilbert", "classification", LORA, {"gradient_checkpointing": True}),
+    ("distilbert", "classification", LORA, {"train": TrainConfig(gradient_checkpointing=True)}),
     ("gpt2", "classification", LORA, {}),
     ("gpt2", "causal_lm", FULL, {}),
     ("gpt2", "causal_lm", PREFIX, {}),
-    ("llama", "causal_lm", FULL, {"gradient_checkpointing": True}),
-    ("llama", "causal_lm", LORA, {"gradient_accumulation_steps": 2}),
+    ("llama", "causal_lm", FULL, {"train": TrainConfig(gradient_checkpointing=True)}),
+    ("llama", "causal_lm", LORA, {"train": TrainConfig(gradient_accumulation_steps=2)}),
     ("llama", "causal_lm", TOP, {"lengths": (12, 12)}),
     ("qwen2", "causal_lm", FULL, {"optim": OptimConfig(learning_rate=1e-3, optim="adamw_8bit")}),
     ("qwen2", "causal_lm", LORA, {"precision": PrecisionConfig(dtype="bfloat16")}),

@@ -47,7 +47,9 @@ def test_every_suggestion_fits_when_followed() -> None:
     request = request_of(FULL)
     needed = answer(request).needed_bytes
     # What one example and checkpointing leave of the activations, and a little more.
-    floor = answer(replace(request, lengths=(16,), gradient_checkpointing=True)).needed_bytes
+    floor = answer(
+        replace(request, lengths=(16,)).with_train(gradient_checkpointing=True)
+    ).needed_bytes
     limit = floor + (needed - floor) // 4
     plan = fit(request, limit)
     assert plan.fits is False
@@ -55,21 +57,22 @@ def test_every_suggestion_fits_when_followed() -> None:
     for suggestion in plan.suggestions:
         assert suggestion.needed_bytes <= limit
         followed = follow(request, suggestion.overrides)
-        rows = len(followed.lengths) * followed.gradient_accumulation_steps
+        rows = len(followed.lengths) * followed.train.gradient_accumulation_steps
         assert rows == len(request.lengths)
         assert answer(followed).needed_bytes <= limit, suggestion.text
 
 
 def follow(request: PlanRequest, overrides: dict[str, Any]) -> PlanRequest:
     changes: dict[str, Any] = {}
+    train: dict[str, Any] = {}
     for key, value in overrides.items():
         if key == "train.per_device_train_batch_size":
             changes["lengths"] = request.lengths[:value]
         elif key == "optim.optim":
             changes["optim"] = request.optim.model_copy(update={"optim": value})
         else:
-            changes[key.removeprefix("train.")] = value
-    return replace(request, **changes)
+            train[key.removeprefix("train.")] = value
+    return replace(request, **changes).with_train(**train)
 
 
 def test_nothing_is_suggested_where_nothing_helps() -> None:
