@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -246,11 +247,9 @@ def _original_of(name: str, base: Mapping[str, nn.Parameter]) -> str | None:
 
 
 def _elements(parameter: Any) -> int:
-    """Elements as PEFT counts them: a packed 4-bit tensor holds two in a byte."""
-    count: int = parameter.numel()
-    if type(parameter).__name__ == "Params4bit":
-        return count * 2 * int(parameter.element_size())
-    return count
+    """Elements, also of a tensor that bitsandbytes packed."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else int(parameter.numel())
 
 
 def _stacks(model: Any, backbone: Any) -> list[list[nn.Module]]:

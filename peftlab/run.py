@@ -32,6 +32,8 @@ class Request:
             identity and seed.
         resume: go on from the newest checkpoint.
         force: run again what is finished.
+        auto_batch_size: take the largest micro-batch that is planned to fit, into ``memory_bytes``
+            if that is given, at an unchanged effective batch.
         progress: show a bar.
         command: what the user typed, for the record.
     """
@@ -40,6 +42,8 @@ class Request:
     folder: Path | None = None
     resume: bool = False
     force: bool = False
+    auto_batch_size: bool = False
+    memory_bytes: int | None = None
     progress: bool = True
     command: str = ""
 
@@ -72,6 +76,10 @@ def run_experiment(experiment: Experiment, request: Request) -> Run:
     """As ``train``, for an experiment that is already resolved."""
     kind = experiment.build_kind()
     splits = kind.read()
+    if request.auto_batch_size:
+        from peftlab.planning.batch_size import fit_batch_size
+
+        experiment = fit_batch_size(experiment, kind, splits, request.memory_bytes)
     identity = experiment.identity(splits.fingerprint)
     folder = request.folder or run_dir(
         request.root, experiment.task, experiment.recipe, identity, experiment.seed

@@ -9,7 +9,16 @@ import click
 
 from peftlab.cli.base import Verb
 from peftlab.cli.nextstep import export_command
-from peftlab.cli.options import force_option, json_option, model_option, root_option, set_option
+from peftlab.cli.options import (
+    auto_batch_size_option,
+    force_option,
+    json_option,
+    memory_bytes,
+    memory_option,
+    model_option,
+    root_option,
+    set_option,
+)
 from peftlab.cli.output import (
     INTERRUPTED,
     answer,
@@ -61,6 +70,8 @@ def _seeds(_: click.Context, __: click.Parameter, text: str) -> int | list[int]:
 @set_option
 @root_option
 @force_option
+@auto_batch_size_option
+@memory_option
 @json_option
 def compare(
     task: str,
@@ -70,6 +81,8 @@ def compare(
     overrides: tuple[str, ...],
     root: Path,
     force: bool,
+    auto_batch_size: bool,
+    memory: str | None,
 ) -> None:
     """Compare recipes on TASK over several seeds.
 
@@ -87,6 +100,8 @@ def compare(
             overrides=overrides,
             root=root,
             force=force,
+            auto_batch_size=auto_batch_size,
+            memory_bytes=memory_bytes(auto_batch_size, memory),
             command=typed_command(),
             progress=is_main_process(),
         )

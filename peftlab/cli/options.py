@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from peftlab.cli.output import JSON_KEY
+from peftlab.errors import ConfigError, Problem
 
 
 def _keep_json(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -44,3 +45,27 @@ root_option = click.option(
     help="Folder of all runs.",
 )
 force_option = click.option("--force", is_flag=True, help="Run again what is finished.")
+auto_batch_size_option = click.option(
+    "--auto-batch-size",
+    is_flag=True,
+    help="The largest micro-batch planned to fit, with accumulation to the same effective batch.",
+)
+memory_option = click.option(
+    "--memory", help="For --auto-batch-size: a size or a card, in place of what is free here."
+)
+
+
+def memory_bytes(auto_batch_size: bool, memory: str | None) -> int | None:
+    """What ``--memory`` says, for commands that take ``--auto-batch-size``.
+
+    Raises:
+        ConfigError: neither a size nor a card, or without ``--auto-batch-size``.
+    """
+    from peftlab.memory.cards import memory_of
+
+    if memory is None:
+        return None
+    if not auto_batch_size:
+        hint = "Add it, or ask 'peftlab plan --memory'."
+        raise ConfigError(Problem("--memory", "is for --auto-batch-size.", hint))
+    return memory_of(memory)

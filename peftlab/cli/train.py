@@ -11,8 +11,11 @@ import click
 from peftlab.cli.base import Verb
 from peftlab.cli.nextstep import export_command
 from peftlab.cli.options import (
+    auto_batch_size_option,
     force_option,
     json_option,
+    memory_bytes,
+    memory_option,
     model_option,
     root_option,
     seed_option,
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
 @force_option
+@auto_batch_size_option
+@memory_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary.")
 @json_option
 def train(
@@ -60,6 +65,8 @@ def train(
     run_dir: Path | None,
     resume: bool,
     force: bool,
+    auto_batch_size: bool,
+    memory: str | None,
     quiet: bool,
 ) -> None:
     """Fine-tune on TASK with a recipe.
@@ -75,6 +82,8 @@ def train(
         folder=run_dir,
         resume=resume,
         force=force,
+        auto_batch_size=auto_batch_size,
+        memory_bytes=memory_bytes(auto_batch_size, memory),
         progress=not quiet,
         command=typed_command(),
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from peftlab.errors import PeftlabError, Problem, UserError
 from peftlab.experiment.schema import Experiment
@@ -59,17 +60,36 @@ class CellRunner:
             if self._finished(experiment) is None:
                 waiting.append((experiment, splits))
         if waiting and not problems:
-            receiver, sender = self._context.Pipe(duplex=False)
-            process = self._start(_check, [each for each, _ in waiting], sender)
-            sender.close()
-            try:
-                problems |= dict.fromkeys(receiver.recv())
-            except EOFError:
-                raise PeftlabError("the check before the first run crashed.") from None
-            finally:
-                process.join()
+            problems |= dict.fromkeys(self._ask(_check, [each for each, _ in waiting]))
         if problems:
             raise UserError(problems)
+
+    def fit_batch_sizes(
+        self, experiments: Sequence[Experiment], memory_bytes: int | None
+    ) -> list[Experiment]:
+        """Each with the largest micro-batch that fits for all seeds of its recipe.
+
+        Raises:
+            UserError: not even one example fits, or an experiment cannot be planned.
+        """
+        answer = self._ask(_fit_batch_sizes, list(experiments), memory_bytes)
+        if problems := [each for each in answer if isinstance(each, Problem)]:
+            raise UserError(dict.fromkeys(problems))
+        fitted: list[Experiment] = answer
+        return fitted
+
+    def _ask(self, target: object, *arguments: object) -> list[Any]:
+        """What a process of its own answers: this one never loads torch."""
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._start(target, *arguments, sender)
+        sender.close()
+        try:
+            answer: list[Any] = receiver.recv()
+        except EOFError:
+            raise PeftlabError("the check before the first run crashed.") from None
+        finally:
+            process.join()
+        return answer
 
     def run(self, experiment: Experiment) -> tuple[Record, Path]:
         """Run one cell, or take it as it is if it is finished; also a failed one has a record.
@@ -174,3 +194,30 @@ def _check(experiments: list[Experiment], sender: object) -> None:
         except KeyboardInterrupt:
             sys.exit(130)
     sender.send(problems)  # type: ignore[attr-defined]
+
+
+def _fit_batch_sizes(
+    experiments: list[Experiment], memory_bytes: int | None, sender: object
+) -> None:
+    """Send the experiments with micro-batches that fit, or else the problems."""
+    from peftlab.planning.batch_size import fit_batch_size, with_micro_batch
+
+    problems: list[Problem] = []
+    smallest: dict[str, int] = {}
+    try:
+        for experiment in experiments:
+            kind = experiment.build_kind()
+            try:
+                fitted = fit_batch_size(experiment, kind, kind.read(), memory_bytes)
+            except UserError as error:
+                problems += error.problems
+                continue
+            size = fitted.train.per_device_train_batch_size
+            # Seeds draw other batches; all runs of a recipe shall have the same micro-batch.
+            smallest[experiment.recipe] = min(size, smallest.get(experiment.recipe, size))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    answer: list[Any] = problems or [
+        with_micro_batch(each, smallest[each.recipe]) for each in experiments
+    ]
+    sender.send(answer)  # type: ignore[attr-defined]

@@ -46,6 +46,8 @@ def compare(
     overrides: Iterable[str] = (),
     root: Path = Path("runs"),
     force: bool = False,
+    auto_batch_size: bool = False,
+    memory_bytes: int | None = None,
     command: str = "",
     progress: bool = True,
 ) -> CompareResult:
@@ -59,6 +61,8 @@ def compare(
         seeds: how many, counted from 0, or which.
         overrides: ``section.key=value`` texts, for every cell.
         force: run finished cells again.
+        auto_batch_size: every recipe in the largest micro-batch that is planned to fit for all of
+            its seeds, into ``memory_bytes`` if that is given, at an unchanged effective batch.
 
     Raises:
         UserError: the request was wrong for any recipe; nothing was run.
@@ -69,6 +73,8 @@ def compare(
     experiments = _resolve_all(task, recipes, chosen, model, tuple(overrides))
     runner = CellRunner(root, force=force, progress=progress, command=command)
     runner.check([experiment for experiment in experiments if experiment.seed == chosen[0]])
+    if auto_batch_size:
+        experiments = runner.fit_batch_sizes(experiments, memory_bytes)
     records: list[tuple[Record, Path]] = []
     interrupted = False
     try:

@@ -11,6 +11,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from peftlab.memory.recall import Recall
 
 MAX_VALUES = 2**22
 """Tensors of more elements do not carry values."""
@@ -34,6 +37,31 @@ _EMPTY |= {_aten.empty_permuted.default}
 _DEVICE = torch.ops.prim.device.default
 _DYNAMIC = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _KERNELS_IN_PLACE = ("bitsandbytes::optimizer_update",)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nature:
+    """What is the same for every call of an operation.
+
+    Args:
+        special: more than the inputs' shapes decides what it returns or needs.
+        writes: it changes an input.
+    """
+
+    special: bool
+    writes: bool
+
+    @classmethod
+    def of(cls, func: Any) -> _Nature:
+        schema = func._schema
+        special = (
+            func in _INDEXING
+            or func is _aten._local_scalar_dense.default
+            or schema.name.startswith(_KERNELS_IN_PLACE)
+            or any(argument.is_out for argument in schema.arguments)
+            or not (_DYNAMIC | {torch.Tag.inplace_view}).isdisjoint(func.tags)
+        )
+        return cls(special, schema.is_mutable)
 
 
 class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -54,12 +82,20 @@ class FakeWorld(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         mode: makes the tensors fake.
+        device: whose kernels they stand for, "cpu" or "cuda".
     """
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode, device: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.mode = mode
+        self.mode, self.device = mode, device
         self.guesses: set[str] = set()
+        self._recall = Recall(mode)
+        self._natures: dict[Any, _Nature] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled, and the guard around every operation has its price.
+        return False
 
     def fake(self, tensor: Tensor) -> Tensor:
         """A fake tensor in the place of a real one, that carries its values."""
@@ -75,7 +111,23 @@ class FakeWorld(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE:
-            return func(*args, **kwargs)
+            return args[0].device if isinstance(args[0], FakeTensor) else func(*args)
+        if (nature := self._natures.get(func)) is None:
+            nature = self._natures[func] = _Nature.of(func)
+        inputs = list(_tensors((*args, *kwargs.values())))
+        known = [_value(tensor) is not None for tensor in inputs]
+        if nature.special or all(known) or (nature.writes and any(known)):
+            return self._step_by_step(func, args, kwargs)
+        # Only shapes matter here: no value goes in, none comes out.
+        key = self._recall.key(func, args, kwargs)
+        if key is not None and self._recall.knows(key):
+            return self._recall.again(key, inputs)
+        out = self._as_kernel(func, args, func(*args, **kwargs))
+        if key is not None:
+            self._recall.learn(key, inputs, out)
+        return out
+
+    def _step_by_step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func._schema.name.startswith(_KERNELS_IN_PLACE):
             return None
         if func in _INDEXING:
@@ -86,10 +138,7 @@ class FakeWorld(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return tree_map_only(Tensor, self._result, _really(func, args, kwargs))
         if func is _aten._local_scalar_dense.default:
             return self._guess(inputs[0])
-        out = func(*args, **kwargs)
-        if func is _aten.mse_loss.default:
-            # The kernel makes the differences in its result and reduces them in place.
-            _grow(out, inputs[0].untyped_storage().nbytes())
+        out = self._as_kernel(func, args, func(*args, **kwargs))
         outputs = list(_tensors((out,)))
         if known and outputs and _worth_knowing(func, inputs, outputs):
             for fake, real in zip(outputs, tree_leaves(_really(func, args, kwargs)), strict=True):
@@ -98,6 +147,18 @@ class FakeWorld(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in (*inputs, *outputs):
                 if tensor.is_floating_point() or any(tensor is output for output in outputs):
                     _forget(tensor)
+        return out
+
+    def _as_kernel(self, func: Any, args: tuple[Any, ...], out: Any) -> Any:
+        """A result as the kernel leaves it, where torch's formula of its shape says otherwise."""
+        if func is _aten.mse_loss.default:
+            # The kernel makes the differences in its result and reduces them in place.
+            _grow(out, args[0].untyped_storage().nbytes())
+        elif func is _aten.native_layer_norm.default:
+            # Means and deviations are in the weights' type on CPU, and in fp32 on CUDA.
+            weight_is_wide = args[2] is not None and args[2].dtype is torch.float32
+            if weight_is_wide or self.device == "cuda":
+                return (out[0], *(statistic.float() for statistic in out[1:]))
         return out
 
     def _as_numbers(self, indices: Any) -> list[Any]:
@@ -195,10 +256,15 @@ def _is_not_fake(tensor: Any) -> bool:
 
 
 @contextmanager
-def fake_world() -> Iterator[FakeWorld]:
-    """Inside, everything that is made is fake."""
-    # Their tables are made on import, and must be real.
-    importlib.import_module("bitsandbytes")
+def fake_world(device: str = "cpu") -> Iterator[FakeWorld]:
+    """Inside, everything that is made is fake.
+
+    Args:
+        device: what the tensors stand for, "cpu" or "cuda"; torch takes all for the CPU's.
+    """
+    # Their tables are made on import or first use, are kept, and must be real.
+    functional = importlib.import_module("bitsandbytes").functional
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     importlib.import_module("peft")
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -215,4 +281,4 @@ def fake_world() -> Iterator[FakeWorld]:
             module = importlib.import_module(name)
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(mock.patch.object(module, "_foreach_supported_types", types))
-        yield stack.enter_context(FakeWorld(mode))
+        yield stack.enter_context(FakeWorld(mode, device))

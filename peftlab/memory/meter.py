@@ -102,6 +102,7 @@ class TimelineMeter:
             timeline = self._running or stack.enter_context(Timeline(self._granularity))
             timeline.adopt(model.parameters(), "weights")
             timeline.adopt(model.buffers(), "weights")
+            timeline.adopt(_quantization_statistics(model), "weights")
             timeline.adopt(_gradients(model), "gradients")
             timeline.adopt(state_tensors(optimizer), "optimizer")
             timeline.adopt(_tensors(inputs), "inputs")
@@ -228,14 +229,27 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(vars(value))
 
 
+def _quantization_statistics(model: nn.Module) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside packed weights: scales and their codes."""
+    for parameter in model.parameters():
+        yield from _tensors([getattr(parameter, key, None) for key in ("quant_state", "SCB")])
+    for module in model.modules():
+        yield from _tensors(getattr(getattr(module, "state", None), "SCB", None))
+
+
 def _gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def _watch_logits(model: nn.Module, timeline: Timeline) -> Callable[[], None]:
-    """Tell the timeline where logits begin: at the output head, or in the model's output."""
+    """Tell the timeline where logits begin: at the output head, or in the model's output.
+
+    A head that returns the loss itself made it before anything else.
+    """
 
     def made(logits: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return  # A look at the model on the side, no part of the step.
         timeline.logits_made(logits)
         if logits.requires_grad:
             hooked: Any = logits

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftlab.errors import AssetError, IncompatibleError, Problem, UnknownNameError
 from peftlab.models.config import ModelConfig, PrecisionConfig
 from peftlab.models.embedded import embedded_models, embedded_path
+from peftlab.models.quantized import backbone_prefix, is_pooler, quantization_config
 from peftlab.models.quiet import quiet_transformers
 from peftlab.registry import did_you_mean
 
@@ -121,9 +122,6 @@ def load_model(
     if "Image" not in auto_class and config.get_text_config().pad_token_id is None:
         # A decoder's classifier reads the last token that is no padding.
         config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
-    kwargs: dict[str, Any] = {}
-    if precision.quantization is not None:
-        kwargs["quantization_config"] = _quantization(model, config, precision, auto_class)
     with quiet_transformers(), _had(model, "weights"):
         loaded, info = getattr(transformers, auto_class).from_pretrained(
             resolve_path(model.model_name_or_path),
@@ -135,7 +133,7 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **kwargs,
+            quantization_config=_quantization(model, config, precision, auto_class),
         )
     new = sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
     _check_weights(model, loaded, auto_class, new, sorted(info["unexpected_keys"]))
@@ -204,60 +202,17 @@ def _hint(error: Exception) -> str:
     return ""
 
 
-def _backbone_prefix(model: PreTrainedModel) -> str:
-    """``bert.`` for a BERT with a head; empty where backbone and head are one module (T5)."""
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
-
-
 def _quantization(
     model: ModelConfig, config: PretrainedConfig, precision: PrecisionConfig, auto_class: str
 ) -> Any:
     import torch
-    from transformers import BitsAndBytesConfig
 
+    if precision.quantization is None:
+        return None
     with torch.device("meta"):
         shell = build_from_config(config, auto_class, torch.float32, model.attn_implementation)
-    skip = _heads(shell)
-    if precision.quantization == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_once)
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if has_bf16 else torch.float32,
-        llm_int8_skip_modules=skip,
-    )
-
-
-def _heads(model: PreTrainedModel) -> list[str]:
-    """Modules to keep out of quantization: the head, a pooler, and output embeddings.
-
-    bitsandbytes' own choice spares output embeddings and the very last module only, but a head in
-    4 bits cannot be trained.
-    """
-    output = model.get_output_embeddings()
-    heads = {name for name, module in model.named_modules() if module is output and name}
-    if prefix := _backbone_prefix(model):
-        heads |= {name for name, _ in model.named_children() if name != prefix[:-1]}
-    return sorted(heads | {name for name, _ in model.named_modules() if _is_pooler(f"{name}.")})
-
-
-_said: set[str] = set()
-
-
-def _once(record: logging.LogRecord) -> bool:
-    """A logging filter: bitsandbytes repeats itself at every layer of every step."""
-    message = record.getMessage()
-    repeated = message in _said
-    _said.add(message)
-    return not repeated
-
-
-def _is_pooler(name: str) -> bool:
-    # Encoders pretrained as masked language models have none: it is part of the task head.
-    return ".pooler." in f".{name}"
+    return quantization_config(shell, precision.quantization, has_bf16)
 
 
 def _check_weights(
@@ -268,14 +223,14 @@ def _check_weights(
     unexpected: Iterable[str],
 ) -> None:
     """Refuse a checkpoint that leaves backbone weights random; report what it holds beyond."""
-    prefix = _backbone_prefix(loaded)
+    prefix = backbone_prefix(loaded)
     pretrained_head = auto_class in _PRETRAINED_HEADS
     # A checkpoint of the bare backbone names its tensors without the prefix.
     parts = {part for part, _ in loaded.base_model.named_children()}
 
     def in_backbone(name: str) -> bool:
         inside = name.startswith(prefix) or name.partition(".")[0] in parts
-        return inside and not _is_pooler(name)
+        return inside and not is_pooler(name)
 
     name = model.model_name_or_path
     problems = []

@@ -33,7 +33,7 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         reserved = max(reserved, reserved_bytes(simulation.trace))
     context = CUDA_CONTEXT_BYTES if request.device == "cuda" else CPU_PROCESS_BYTES
     shapes = [tuple(batch["input_ids"].shape) for batch in batches or () if "input_ids" in batch]
-    rows, tokens = max(shapes) if shapes else (len(request.lengths), max(request.lengths))
+    rows, tokens = max(shapes) if shapes else request.kind.batch_shape(request.lengths)
     return Plan(
         params=simulation.params,
         memory=PlannedMemory(**breakdown.model_dump(exclude={"peak_moment"})),

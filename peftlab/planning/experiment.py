@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ def plan_experiment(
     tokenizer = load_tokenizer(experiment.model)
     features = kind.encode(splits.train, tokenizer, experiment.train.max_length)
     lengths = [len(each["input_ids"]) for each in features]
-    schedule = Schedule(lengths, experiment.train, experiment.seed)
+    schedule = Schedule(lengths, experiment.train, experiment.seed, shape=kind.batch_shape)
     micros = [micro[0] for micro in schedule.micro_batches(schedule.largest_step())]
     batches = [kind.collate([features[row] for row in micro], tokenizer) for micro in micros]
-    largest = max(micros, key=lambda micro: len(micro) * max(lengths[row] for row in micro))
-    request = request_of(experiment, kind, splits, [lengths[row] for row in largest], device)
+    by_micro = [[lengths[row] for row in micro] for micro in micros]
+    largest = max(by_micro, key=lambda lengths: math.prod(kind.batch_shape(lengths)))
+    request = request_of(experiment, kind, splits, largest, device)
     return plan_request(request, memory_bytes, batches)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from peftlab.optim.table import OPTIMIZERS
 from peftlab.planning.answer import answer
 from peftlab.planning.schema import Plan, Suggestion
 from peftlab.planning.simulate import PlanRequest
 
+T = TypeVar("T")
 _EIGHT_BIT = "adamw_8bit"
 
 
@@ -19,7 +20,7 @@ def fit(request: PlanRequest, memory_bytes: int, first: Plan | None = None) -> P
 
     Every suggestion was planned itself. The effective batch (micro-batch times accumulation) stays
     as it is. In order of least harm: smaller micro-batches cost nothing but speed, checkpointing
-    costs about a third more arithmetic, an 8-bit optimizer changes numbers.
+    costs about a third more arithmetic, an 8-bit optimizer and a base in nf4 change numbers.
 
     Args:
         first: the plan of the request itself, where it was planned on real batches.
@@ -56,19 +57,26 @@ def _suggestions(request: PlanRequest, first: Plan, memory_bytes: int) -> Iterat
 
 
 def _variants(request: PlanRequest) -> Iterator[tuple[str, dict[str, Any], PlanRequest]]:
+    """The request itself, then with more and more of what saves memory."""
     yield "", {}, request
-    checkpointing = request.method.traits.works_with_checkpointing
-    if checkpointing and not request.train.gradient_checkpointing:
+    texts: list[str] = []
+    overrides: dict[str, Any] = {}
+    traits = request.method.traits
+    if traits.works_with_checkpointing and request.train.gradient_checkpointing is not True:
         request = request.with_train(gradient_checkpointing=True)
-        yield "gradient checkpointing", {"train.gradient_checkpointing": True}, request
+        texts.append("gradient checkpointing")
+        overrides["train.gradient_checkpointing"] = True
+        yield " and ".join(texts), dict(overrides), request
     if OPTIMIZERS.get(request.optim.optim, OPTIMIZERS[_EIGHT_BIT]).state_bits > 8:
-        text = "an 8-bit optimizer"
-        overrides: dict[str, Any] = {"optim.optim": _EIGHT_BIT}
-        if request.train.gradient_checkpointing:
-            text = f"gradient checkpointing and {text}"
-            overrides["train.gradient_checkpointing"] = True
-        optim = request.optim.model_copy(update={"optim": _EIGHT_BIT})
-        yield text, overrides, replace(request, optim=optim)
+        request = replace(request, optim=request.optim.model_copy(update={"optim": _EIGHT_BIT}))
+        texts.append("an 8-bit optimizer")
+        overrides["optim.optim"] = _EIGHT_BIT
+        yield " and ".join(texts), dict(overrides), request
+    if traits.works_quantized and request.precision.quantization is None:
+        nf4 = request.precision.model_copy(update={"quantization": "nf4"})
+        texts.append("a base in nf4")
+        overrides["precision.quantization"] = "nf4"
+        yield " and ".join(texts), dict(overrides), replace(request, precision=nf4)
 
 
 def largest_micro_batch(
@@ -84,7 +92,6 @@ def largest_micro_batch(
         is too much already.
     """
     size = len(request.lengths)
-    sizes = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
 
     def planned(micro: int) -> tuple[PlanRequest, Plan]:
         if micro == size and known is not None:
@@ -100,17 +107,29 @@ def largest_micro_batch(
         steps = min(2, smaller.train.gradient_accumulation_steps)
         return smaller, answer(smaller.with_train(gradient_accumulation_steps=steps))
 
-    return _last_that_fits(sizes, memory_bytes, planned)
+    return last_that_fits(divisors(size), memory_bytes, planned)
 
 
-def _last_that_fits(
-    sizes: list[int], memory_bytes: int, plan_of: Callable[[int], tuple[PlanRequest, Plan]]
-) -> tuple[PlanRequest, Plan] | None:
-    """By bisection: more examples never need less."""
-    low, high, best = 0, len(sizes) - 1, None
+def divisors(size: int) -> list[int]:
+    """The micro-batches that a batch of ``size`` splits into evenly, smallest first."""
+    return [divisor for divisor in range(1, size + 1) if size % divisor == 0]
+
+
+def last_that_fits(
+    sizes: list[int], memory_bytes: int, plan_of: Callable[[int], tuple[T, Plan]]
+) -> tuple[T, Plan] | None:
+    """The largest size that fits, with its plan.
+
+    Among those that accumulate, more examples never need less, so bisection finds it. The largest
+    size may not accumulate, and then needs no gradients during forward: it goes first.
+    """
+    *smaller, largest = sizes
+    if (found := plan_of(largest))[1].needed_bytes <= memory_bytes:
+        return found
+    low, high, best = 0, len(smaller) - 1, None
     while low <= high:
         middle = (low + high + 1) // 2
-        found = plan_of(sizes[middle])
+        found = plan_of(smaller[middle])
         if found[1].needed_bytes <= memory_bytes:
             best, low = found, middle + 1
         else:

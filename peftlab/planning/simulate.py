@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import PretrainedConfig
 
-from peftlab.assemble import prepare
+from peftlab.assemble import Prepared, prepare
 from peftlab.errors import IncompatibleError, Problem, UserError
-from peftlab.memory.emulate import cuda_kernels
+from peftlab.memory.emulate import ScaledOptimizer, cuda_kernels
 from peftlab.memory.fake import fake_world
 from peftlab.memory.meter import NullMeter, StepMeter, TimelineMeter
 from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
@@ -27,14 +27,19 @@ from peftlab.memory.trace import StepTrace
 from peftlab.methods.base import Method
 from peftlab.models.config import PrecisionConfig
 from peftlab.models.load import build_from_config
+from peftlab.models.quantized import cuda_products, quantize_shell
 from peftlab.optim.build import build_optimizer
 from peftlab.optim.config import OptimConfig
 from peftlab.planning.schema import Device
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import TaskKind
+from peftlab.tasks.packing import pack
 from peftlab.training.config import TrainConfig
 from peftlab.training.modes import set_training_mode
 from peftlab.training.step import MicroBatch, optimizer_step
+from peftlab.trunk.boundary import NoBoundary
+from peftlab.trunk.cache import OFF
+from peftlab.trunk.replay import Blank, NotReplayableError, Replay
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,12 @@ def simulate(
     Raises:
         IncompatibleError: the method cannot be put on this model, or cannot be planned.
     """
-    _refuse_what_cannot_be_planned(request)
     batches = batches or synthetic_batches(request)
     try:
-        with fake_world() as world, cuda_kernels() if request.device == "cuda" else nullcontext():
+        with fake_world(request.device) as world, ExitStack() as emulated:
+            if request.device == "cuda":
+                emulated.enter_context(cuda_kernels())
+                emulated.enter_context(cuda_products())
             simulation = _two_steps(
                 request,
                 [{k: world.fake(v) for k, v in batch.items()} for batch in batches],
@@ -132,17 +139,24 @@ def _two_steps(
         getattr(torch, request.precision.dtype),
         request.attn_implementation,
     )
+    noticed = []
+    if request.precision.quantization is not None:
+        bf16 = request.device == "cuda"
+        noticed = quantize_shell(base, request.precision.quantization, bf16)
     prepared = prepare(base, request.method, request.kind.traits, request.train)
     model = prepared.model
     saved_bytes = sum(t.nbytes for t in request.method.adapter_state(model).values())
     optimizer, notes = build_optimizer(model, request.optim, prepared.anatomy)
     trained = [p for p in model.parameters() if p.requires_grad]
-    backend = _Backend(request.precision)
+    backend = _Backend(request.precision, request.device)
     backend.prepare(model)
-    set_training_mode(model, prepared.trunk)
+    updates = backend.prepare_optimizer(optimizer)
     inputs = [MicroBatch(batch) for batch in batches]
     cuda = request.device == "cuda"
-    with Timeline(CUDA_GRANULARITY) if cuda else nullcontext() as running:
+    with ExitStack() as stack:
+        stack.enter_context(_replayed_trunk(prepared, request, backend, batches[0]))
+        set_training_mode(model, prepared.trunk)
+        running = stack.enter_context(Timeline(CUDA_GRANULARITY)) if cuda else None
         # CUDA's allocator remembers the first step; elsewhere it only brings state into being.
         first = TimelineMeter(timeline=running) if cuda else NullMeter()
         second = TimelineMeter(timeline=running)
@@ -153,7 +167,7 @@ def _two_steps(
                     model,
                     inputs,
                     request.kind.loss,
-                    optimizer,
+                    updates,
                     num_items=num_items,
                     parameters=trained,
                     backend=backend,
@@ -161,8 +175,31 @@ def _two_steps(
                     meter=meter,
                 )
             optimizer.zero_grad()
-    said = (*notes, *request.method.notes)
+    said = (*noticed, *notes, *request.method.notes)
     return Simulation(second.trace, prepared.params, saved_bytes, second.result().flops, said)
+
+
+@contextmanager
+def _replayed_trunk(
+    prepared: Prepared, request: PlanRequest, backend: _Backend, batch: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """In here a frozen trunk is replayed, as in a run that keeps its activations."""
+    boundary = prepared.boundary
+    if request.train.trunk_cache == OFF or isinstance(boundary, NoBoundary):
+        yield
+        return
+
+    def loss() -> Tensor:
+        with backend.autocast():
+            return request.kind.loss(prepared.model, batch)
+
+    replay = Replay(boundary, Blank())
+    with replay.attached():
+        prepared.model.eval()
+        # Else a run computes the trunk as well, and says why.
+        with suppress(NotReplayableError):
+            replay.learn(loss)
+        yield
 
 
 def synthetic_batches(request: PlanRequest) -> list[dict[str, Tensor]]:
@@ -186,7 +223,11 @@ def synthetic_batches(request: PlanRequest) -> list[dict[str, Tensor]]:
     if request.kind.traits.unit == "examples" and getattr(text, "type_vocab_size", 0) > 1:
         batch["token_type_ids"] = torch.zeros_like(ids)
     if request.kind.traits.unit == "tokens":
-        batch["labels"] = torch.where(mask.bool(), ids, -100)
+        if request.kind.packs:
+            texts = [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)]
+            batch = pack([{"input_ids": text, "labels": text} for text in texts])
+        else:
+            batch["labels"] = torch.where(mask.bool(), ids, -100)
     elif request.config.problem_type == "regression":
         batch["labels"] = torch.zeros(len(request.lengths))
     else:
@@ -200,17 +241,6 @@ def _num_items(kind: TaskKind[Any], batches: Sequence[Mapping[str, Tensor]]) -> 
     return sum(len(batch["labels"]) for batch in batches)
 
 
-def _refuse_what_cannot_be_planned(request: PlanRequest) -> None:
-    if request.precision.quantization is not None:
-        raise IncompatibleError(
-            Problem(
-                "precision.quantization",
-                f"a base in {request.precision.quantization} cannot be planned yet: its weights "
-                "only exist once they are quantised.",
-            )
-        )
-
-
 class _Backend:
     """What Accelerate does in a step of one process, operation by operation, on any machine.
 
@@ -219,9 +249,11 @@ class _Backend:
 
     num_processes = 1
 
-    def __init__(self, precision: PrecisionConfig) -> None:
+    def __init__(self, precision: PrecisionConfig, device: Device) -> None:
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         self._dtype = dtypes.get(precision.mixed_precision)
+        self._scales = precision.mixed_precision == "fp16" and device == "cuda"
+        self._scaled: ScaledOptimizer | None = None
 
     def prepare(self, model: nn.Module) -> None:
         """As ``Accelerator.prepare_model``: forward in autocast, outputs in fp32."""
@@ -232,6 +264,12 @@ class _Backend:
             model.forward = MethodType(
                 convert_outputs_to_fp32(MethodType(within, model).__func__), model
             )
+
+    def prepare_optimizer(self, optimizer: Any) -> Any:
+        """As ``Accelerator.prepare_optimizer``: in fp16, losses are scaled and gradients not."""
+        if self._scales:
+            self._scaled = ScaledOptimizer(optimizer)
+        return self._scaled or optimizer
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -244,7 +282,10 @@ class _Backend:
     def backward(self, loss: Tensor) -> None:
         # Accelerate divides by its own accumulation steps, of which the loop asks for one.
         loss = loss / 1
+        loss = self._scaled.scale(loss) if self._scaled else loss
         loss.backward()  # type: ignore[no-untyped-call]
 
     def clip_grad_norm_(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+        if self._scaled:
+            self._scaled.unscale()
         return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)

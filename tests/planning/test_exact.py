@@ -69,6 +69,9 @@ CASES = [
     ("qwen2", "causal_lm", LORA, {"precision": PrecisionConfig(dtype="bfloat16")}),
     ("llama", "causal_lm", LORA, {"precision": PrecisionConfig(bf16=True)}),
     ("t5", "classification", LORA, {}),
+    ("llama", "causal_lm", LORA, {"precision": PrecisionConfig(quantization="nf4")}),
+    ("gpt2", "causal_lm", PREFIX, {"precision": PrecisionConfig(quantization="nf4")}),
+    ("bert", "classification", LORA, {"precision": PrecisionConfig(quantization="int8")}),
 ]
 
 
@@ -93,7 +96,7 @@ def test_the_step_is_that_of_accelerate(
     request = request_of("bert", "classification", LORA, precision=precision)
     planned = simulate(request)
 
-    def accelerated(precision: PrecisionConfig) -> Accelerator:
+    def accelerated(precision: PrecisionConfig, device: str) -> Accelerator:
         accelerator = Accelerator(cpu=True, mixed_precision=precision.mixed_precision)
         monkeypatch.setattr(accelerator, "prepare", accelerator.prepare_model)
         return accelerator

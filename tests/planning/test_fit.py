@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peftlab.errors import ConfigError, IncompatibleError
+from peftlab.errors import ConfigError
 from peftlab.memory.cards import CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES, memory_of
 from peftlab.methods import METHODS
 from peftlab.models.config import PrecisionConfig
@@ -106,10 +106,14 @@ def test_cuda_rounds_reserves_and_adds_its_context() -> None:
     assert cuda.params == cpu.params
 
 
-def test_a_quantised_base_says_why_it_cannot_be_planned() -> None:
-    request = request_of({"kind": "lora"}, precision=PrecisionConfig(quantization="nf4"))
-    with pytest.raises(IncompatibleError, match="nf4"):
-        answer(request)
+def test_a_base_in_nf4_is_the_last_resort() -> None:
+    request = request_of({"kind": "lora", "r": 4})
+    nf4 = replace(request, precision=PrecisionConfig(quantization="nf4"))
+    assert answer(nf4).memory.weights_bytes < answer(request).memory.weights_bytes
+    one = replace(request, lengths=(16,)).with_train(gradient_checkpointing=True)
+    plan = fit(request, answer(one).needed_bytes - 2048)
+    (suggestion,) = plan.suggestions
+    assert suggestion.overrides["precision.quantization"] == "nf4"
 
 
 def test_memory_is_a_size_or_a_card() -> None:
