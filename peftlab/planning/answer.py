@@ -14,7 +14,7 @@ from peftlab.planning.schema import Plan, PlannedMemory, TimelinePoint
 from peftlab.planning.simulate import PlanRequest, simulate
 from peftlab.results.record import PhaseMarks
 
-TIMELINE_POINTS = 400
+TIMELINE_POINTS = 160
 
 
 def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None = None) -> Plan:

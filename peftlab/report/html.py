@@ -11,6 +11,7 @@ from peftlab.files import write_text
 from peftlab.report import charts, text
 from peftlab.report.curves import learning_curves
 from peftlab.report.findings import findings
+from peftlab.report.steps import step_timelines
 from peftlab.report.table import caption, columns
 from peftlab.results.comparison import PARTS, Comparison
 from peftlab.units import format_bytes, format_count, format_seconds
@@ -53,6 +54,7 @@ def render_html(comparison: Comparison) -> str:
         memory_table=charts.memory_table(comparison.methods),
         memory_sources=_memory_sources(comparison),
         parts=PARTS,
+        steps=[drawn(panel) for panel in step_timelines(comparison)],
         curves=[drawn(panel) for panel in learning_curves(comparison)],
         environments=_environments(comparison),
         run_notes=_run_notes(comparison),
