@@ -48,12 +48,12 @@ def check(
         )
     if not isinstance(experiment.seed, int) or experiment.seed < 0:
         problems.append(Problem(at("seed"), f"seed must be 0 or more, got {experiment.seed!r}."))
-    if train.gradient_checkpointing and not method.works_with_checkpointing:
+    if train.gradient_checkpointing is True and not method.works_with_checkpointing:
         problems.append(
             Problem(
                 at("train", "gradient_checkpointing"),
                 f"{kind} does not work with gradient checkpointing.",
-                "Leave it off, or use a smaller batch with gradient_accumulation_steps.",
+                "Use 'selective', or a smaller batch with gradient_accumulation_steps.",
             )
         )
     if precision.quantization and not method.works_quantized:
@@ -64,6 +64,14 @@ def check(
                 "Use a method that leaves the base frozen, like lora.",
             )
         )
+    if getattr(experiment.data, "packing", False) and experiment.build_method().extra_positions:
+        problems.append(
+            Problem(
+                at("data", "packing"),
+                f"{kind} puts virtual tokens before a text, which packed texts would share.",
+                "Leave it off, or use a method without them, like lora.",
+            )
+        )
     if precision.dtype == "float16" and not precision.fp16 and not method.is_peft:
         problems.append(
             Problem(
@@ -72,6 +80,21 @@ def check(
                 "Use bfloat16, or float32 with fp16: true.",
             )
         )
+    if experiment.optim.optimizer_in_backward:
+        obstacles = (
+            (train.gradient_accumulation_steps > 1, ("train", "gradient_accumulation_steps"), "1"),
+            (experiment.optim.max_grad_norm is not None, ("optim", "max_grad_norm"), "null"),
+            (precision.fp16, ("precision", "fp16"), "false"),
+        )
+        problems += [
+            Problem(
+                at(*path),
+                "optim.optimizer_in_backward updates before all gradients are there.",
+                f"Use {'.'.join(path)}={needed}, or leave optimizer_in_backward off.",
+            )
+            for there, path, needed in obstacles
+            if there
+        ]
     problems += [
         Problem(
             at("train", "report_to"), f"no tracker {tracker!r}.", did_you_mean(tracker, TRACKERS)

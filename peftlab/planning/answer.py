@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
-from peftlab.memory.allocator import reserved_bytes
+from peftlab.memory.allocator import cublas_workspaces, reserved_bytes
 from peftlab.memory.cards import CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES
 from peftlab.memory.trace import StepTrace
 from peftlab.planning.schema import Plan, PlannedMemory, TimelinePoint
@@ -29,8 +30,11 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
     simulation = simulate(request, batches)
     breakdown = simulation.trace.breakdown()
     reserved = breakdown.peak_bytes
+    workspaces: tuple[int, ...] = ()
     if request.device == "cuda":
-        reserved = max(reserved, reserved_bytes(simulation.trace))
+        here = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        workspaces = cublas_workspaces(here)
+        reserved = max(reserved, reserved_bytes(simulation.trace, workspaces))
     context = CUDA_CONTEXT_BYTES if request.device == "cuda" else CPU_PROCESS_BYTES
     shapes = [tuple(batch["input_ids"].shape) for batch in batches or () if "input_ids" in batch]
     rows, tokens = max(shapes) if shapes else request.kind.batch_shape(request.lengths)
@@ -47,8 +51,10 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         gradient_accumulation_steps=len(batches)
         if batches
         else request.train.gradient_accumulation_steps,
+        num_processes=request.num_processes,
         gradient_checkpointing=request.train.gradient_checkpointing,
         reserved_bytes=reserved,
+        workspace_bytes=sum(workspaces),
         context_bytes=context,
         needed_bytes=reserved + context,
         notes=simulation.notes,

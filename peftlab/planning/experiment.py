@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from peftlab.errors import ConfigError, Problem
 from peftlab.experiment.schema import Experiment
+from peftlab.models.checkpoint import checkpoint_keys
 from peftlab.models.load import load_config, load_tokenizer
 from peftlab.planning.answer import answer
+from peftlab.planning.average import average_step
 from peftlab.planning.fit import fit
 from peftlab.planning.schema import Device, Plan
 from peftlab.planning.simulate import PlanRequest
@@ -29,22 +32,79 @@ def plan_experiment(
     seq_len: int | None = None,
     device: Device | None = None,
     memory_bytes: int | None = None,
+    num_processes: int = 1,
 ) -> Plan:
     """As ``plan``, for an experiment and rows that are already there."""
     size = experiment.train.per_device_train_batch_size
     if seq_len is not None:
-        request = request_of(experiment, kind, splits, (seq_len,) * size, device)
+        request = request_of(experiment, kind, splits, (seq_len,) * size, device, num_processes)
         return plan_request(request, memory_bytes)
     tokenizer = load_tokenizer(experiment.model)
     features = kind.encode(splits.train, tokenizer, experiment.train.max_length)
     lengths = [len(each["input_ids"]) for each in features]
-    schedule = Schedule(lengths, experiment.train, experiment.seed, shape=kind.batch_shape)
-    micros = [micro[0] for micro in schedule.micro_batches(schedule.largest_step())]
-    batches = [kind.collate([features[row] for row in micro], tokenizer) for micro in micros]
-    by_micro = [[lengths[row] for row in micro] for micro in micros]
-    largest = max(by_micro, key=lambda lengths: math.prod(kind.batch_shape(lengths)))
-    request = request_of(experiment, kind, splits, largest, device)
-    return plan_request(request, memory_bytes, batches)
+    schedule = Schedule(lengths, experiment.train, experiment.seed, num_processes, kind.batch_shape)
+    shares = _largest_share(schedule, kind)
+    batches = [kind.collate([features[row] for row in share], tokenizer) for share in shares]
+    request = _of_shares(experiment, kind, splits, schedule, shares, device)
+    tokens = sum(_tokens(kind, share, lengths) for share in shares)
+    return _with_average(plan_request(request, memory_bytes, batches), schedule, tokens)
+
+
+def plan_lengths(
+    experiment: Experiment,
+    kind: TaskKind[Any],
+    splits: Splits,
+    lengths: Sequence[int],
+    device: Device | None = None,
+    memory_bytes: int | None = None,
+    num_processes: int = 1,
+) -> Plan:
+    """As ``plan_experiment``, where only the lengths of the examples are known, not the texts."""
+    schedule = Schedule(lengths, experiment.train, experiment.seed, num_processes, kind.batch_shape)
+    shares = _largest_share(schedule, kind)
+    request = _of_shares(experiment, kind, splits, schedule, shares, device)
+    # Without texts, every micro-batch of the step is planned like the largest.
+    tokens = math.prod(kind.batch_shape(request.lengths)) * len(shares)
+    return _with_average(plan_request(request, memory_bytes), schedule, tokens)
+
+
+def _largest_share(schedule: Schedule, kind: TaskKind[Any]) -> list[list[int]]:
+    """The micro-batches of the step with the largest, as the process sees them that has it."""
+    micros = schedule.micro_batches(schedule.largest_step())
+    lengths = schedule.plan.lengths
+
+    def largest(process: int) -> int:
+        shares = [micro[process] for micro in micros if micro[process]]
+        return max(_tokens(kind, share, lengths) for share in shares) if shares else 0
+
+    process = max(range(schedule.num_processes), key=largest)
+    # A process without an example of its own computes one, to stay in step.
+    return [micro[process] or [0] for micro in micros]
+
+
+def _tokens(kind: TaskKind[Any], rows: Sequence[int], lengths: Sequence[int]) -> int:
+    return math.prod(kind.batch_shape([lengths[row] for row in rows]))
+
+
+def _of_shares(
+    experiment: Experiment,
+    kind: TaskKind[Any],
+    splits: Splits,
+    schedule: Schedule,
+    shares: Sequence[Sequence[int]],
+    device: Device | None,
+) -> PlanRequest:
+    lengths = schedule.plan.lengths
+    largest = max(shares, key=lambda share: _tokens(kind, share, lengths))
+    chosen = [lengths[row] for row in largest]
+    request = request_of(experiment, kind, splits, chosen, device, schedule.num_processes)
+    trained = [lengths[row] for row in schedule.trained_rows]
+    return replace(request, all_rows=(trained, len(splits.validation) + len(splits.test)))
+
+
+def _with_average(planned: Plan, schedule: Schedule, tokens: int) -> Plan:
+    average = average_step(schedule, planned.flops_per_step, tokens)
+    return planned.model_copy(update={"average": average})
 
 
 def request_of(
@@ -53,6 +113,7 @@ def request_of(
     splits: Splits,
     lengths: Iterable[int],
     device: Device | None = None,
+    num_processes: int = 1,
 ) -> PlanRequest:
     """What the planner needs to know of an experiment."""
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,6 +127,8 @@ def request_of(
         train=experiment.train,
         device=device or here,
         attn_implementation=experiment.model.attn_implementation,
+        checkpoint_keys=checkpoint_keys(experiment.model.model_name_or_path),
+        num_processes=num_processes,
     )
 
 

@@ -45,6 +45,20 @@ class Suggestion(Config):
         return [(key, str(value).lower()) for key, value in self.overrides.items()]
 
 
+class AverageStep(Config):
+    """A step of the first epoch on average, of one process.
+
+    Args:
+        padded_tokens: of a step, padding included; ``padding_share`` of them are padding.
+        flops: scaled from the planned step by padded tokens.
+    """
+
+    steps_per_epoch: int
+    padded_tokens: float
+    padding_share: float
+    flops: float
+
+
 class Plan(Config):
     """One optimizer step, planned.
 
@@ -53,8 +67,11 @@ class Plan(Config):
         marks: live bytes at the ends and peaks of the phases.
         timeline: live bytes over the step, for a picture.
         reserved_bytes: what the allocator holds for that; equal to the peak on CPU.
+        workspace_bytes: an allowance for cuBLAS within ``reserved_bytes`` (``memory.allocator``).
         context_bytes: an allowance for the process beside its tensors (``memory.cards``).
         needed_bytes: reserved and context together.
+        num_processes: that train data-parallel; everything here is of one of them.
+        average: None where all examples are taken to be of one length.
         memory_bytes: what there is, if it was asked for.
         fits: None if no memory was given.
         suggestions: what would make it fit, least harm first.
@@ -73,8 +90,11 @@ class Plan(Config):
     gradient_accumulation_steps: int
     gradient_checkpointing: bool | Literal["selective"]
     reserved_bytes: int
+    workspace_bytes: int = 0
     context_bytes: int
     needed_bytes: int
+    num_processes: int = 1
+    average: AverageStep | None = None
     memory_bytes: int | None = None
     fits: bool | None = None
     suggestions: tuple[Suggestion, ...] = ()

@@ -25,11 +25,15 @@ from peftlab.memory.meter import NullMeter, StepMeter, TimelineMeter
 from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
 from peftlab.memory.trace import StepTrace
 from peftlab.methods.base import Method
+from peftlab.models.checkpoint import lacking
 from peftlab.models.config import PrecisionConfig
+from peftlab.models.dropout import cuda_dropout
 from peftlab.models.load import build_from_config
 from peftlab.models.quantized import cuda_products, quantize_shell
 from peftlab.optim.build import build_optimizer
 from peftlab.optim.config import OptimConfig
+from peftlab.optim.in_backward import update_in_backward
+from peftlab.planning.parallel import gradient_buckets
 from peftlab.planning.schema import Device
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import TaskKind
@@ -38,7 +42,7 @@ from peftlab.training.config import TrainConfig
 from peftlab.training.modes import set_training_mode
 from peftlab.training.step import MicroBatch, optimizer_step
 from peftlab.trunk.boundary import NoBoundary
-from peftlab.trunk.cache import OFF
+from peftlab.trunk.cache import OFF, too_large
 from peftlab.trunk.replay import Blank, NotReplayableError, Replay
 
 
@@ -53,6 +57,11 @@ class PlanRequest:
         train: for what changes a step: accumulation, checkpointing, the trunk's mode; the size of a
             micro-batch is that of ``lengths``.
         device: whose kernels and allocator to plan for.
+        checkpoint_keys: the tensors of the checkpoint, if there is one: what it lacks of a pooler
+            trains with the head.
+        num_processes: that train data-parallel; the plan is each one's.
+        all_rows: tokens of all rows to train on, and how many others will be predicted: whether a
+            frozen trunk's activations may be kept. Without rows they may.
     """
 
     config: PretrainedConfig
@@ -64,6 +73,9 @@ class PlanRequest:
     train: TrainConfig = field(default_factory=TrainConfig)
     device: Device = "cpu"
     attn_implementation: str = "sdpa"
+    checkpoint_keys: frozenset[str] | None = None
+    num_processes: int = 1
+    all_rows: tuple[Sequence[int], int] = ((), 0)
 
     def with_train(self, **values: Any) -> PlanRequest:
         """The same with other values in its train section."""
@@ -97,12 +109,17 @@ def simulate(
     Raises:
         IncompatibleError: the method cannot be put on this model, or cannot be planned.
     """
+    if request.train.torch_compile:
+        message = "a compiled model cannot be planned: the compiler decides what it keeps."
+        hint = "Plan without it: --set train.torch_compile=false."
+        raise IncompatibleError(Problem("train.torch_compile", message, hint))
     batches = batches or synthetic_batches(request)
     try:
         with fake_world(request.device) as world, ExitStack() as emulated:
             if request.device == "cuda":
                 emulated.enter_context(cuda_kernels())
                 emulated.enter_context(cuda_products())
+                emulated.enter_context(cuda_dropout())
             simulation = _two_steps(
                 request,
                 [{k: world.fake(v) for k, v in batch.items()} for batch in batches],
@@ -139,6 +156,8 @@ def _two_steps(
         getattr(torch, request.precision.dtype),
         request.attn_implementation,
     )
+    if request.checkpoint_keys is not None:
+        base.newly_initialized = lacking(base, request.checkpoint_keys)
     noticed = []
     if request.precision.quantization is not None:
         bf16 = request.device == "cuda"
@@ -147,6 +166,8 @@ def _two_steps(
     model = prepared.model
     saved_bytes = sum(t.nbytes for t in request.method.adapter_state(model).values())
     optimizer, notes = build_optimizer(model, request.optim, prepared.anatomy)
+    if request.optim.optimizer_in_backward:
+        update_in_backward(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
     backend = _Backend(request.precision, request.device)
     backend.prepare(model)
@@ -158,8 +179,9 @@ def _two_steps(
         set_training_mode(model, prepared.trunk)
         running = stack.enter_context(Timeline(CUDA_GRANULARITY)) if cuda else None
         # CUDA's allocator remembers the first step; elsewhere it only brings state into being.
-        first = TimelineMeter(timeline=running) if cuda else NullMeter()
-        second = TimelineMeter(timeline=running)
+        buckets = gradient_buckets(trained) if request.num_processes > 1 else []
+        first = TimelineMeter(timeline=running, buckets=buckets) if cuda else NullMeter()
+        second = TimelineMeter(timeline=running, buckets=buckets)
         meters: tuple[StepMeter, ...] = (first, second)
         for meter in meters:
             with meter.step(model, optimizer, batches):
@@ -198,7 +220,10 @@ def _replayed_trunk(
         prepared.model.eval()
         # Else a run computes the trunk as well, and says why.
         with suppress(NotReplayableError):
-            replay.learn(loss)
+            form, train = replay.learn(loss), request.train
+            half = train.trunk_cache_dtype == "float16"
+            if too_large(form, train.trunk_cache, half, *request.all_rows):
+                replay.form = None
         yield
 
 

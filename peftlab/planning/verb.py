@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from peftlab.experiment.resolve import resolve, resolve_shape
 from peftlab.planning.schema import Device, Plan
@@ -18,6 +18,7 @@ def plan(
     seq_len: int | None = None,
     device: Device | None = None,
     memory_bytes: int | None = None,
+    num_processes: int = 1,
 ) -> Plan:
     """Say what an experiment will need, before a weight is loaded.
 
@@ -31,6 +32,7 @@ def plan(
         seq_len: tokens of every example, ``train.max_length`` or less.
         device: whose kernels and allocator to plan for; by default what this machine has.
         memory_bytes: answer whether it fits into this, and what would make it fit.
+        num_processes: that train data-parallel; the plan is each one's.
 
     Raises:
         UserError: the request is wrong, or the method cannot be planned.
@@ -39,7 +41,9 @@ def plan(
 
     experiment = resolve(task, recipe, model=model, overrides=overrides).experiment
     kind = experiment.build_kind()
-    return plan_experiment(experiment, kind, kind.read(), seq_len, device, memory_bytes)
+    return plan_experiment(
+        experiment, kind, kind.read(), seq_len, device, memory_bytes, num_processes
+    )
 
 
 def plan_shape(
@@ -48,28 +52,35 @@ def plan_shape(
     *,
     task_kind: str,
     batch_size: int,
-    seq_len: int,
+    seq_len: int | Mapping[int, float],
     num_labels: int = 2,
     overrides: Iterable[str] = (),
     device: Device | None = None,
     memory_bytes: int | None = None,
+    num_processes: int = 1,
 ) -> Plan:
     """As ``plan``, without a task: from a model's config, a batch size and a length.
 
     Args:
         model: embedded name, hub id, folder, or the path of a ``config.json``; neither weights nor
             tokenizer need to be there.
+        seq_len: tokens of every example, or a distribution, length to share of the examples: then
+            the longest batch is planned, and the average step told.
         num_labels: of a classifier.
 
     Raises:
         UserError: the request is wrong, or the method cannot be planned.
     """
-    from peftlab.planning.experiment import plan_request, request_of
+    from peftlab.planning.average import lengths_of
+    from peftlab.planning.experiment import plan_lengths, plan_request, request_of
 
     micro = f"train.per_device_train_batch_size={batch_size}"
     experiment = resolve_shape(task_kind, model, recipe, [*overrides, micro]).experiment
     labels = tuple(str(label) for label in range(num_labels))
     splits = Splits(train=(), validation=(), test=(), labels=labels)
     kind = experiment.build_kind()
-    request = request_of(experiment, kind, splits, (seq_len,) * batch_size, device)
+    if isinstance(seq_len, Mapping):
+        lengths = lengths_of(seq_len)
+        return plan_lengths(experiment, kind, splits, lengths, device, memory_bytes, num_processes)
+    request = request_of(experiment, kind, splits, (seq_len,) * batch_size, device, num_processes)
     return plan_request(request, memory_bytes)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from peftlab.config import Config
+from peftlab.errors import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -140,7 +141,26 @@ class TaskKind(ABC, Generic[DataT]):
     def collate(
         self, features: Sequence[Features], tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Tensor]:
-        """Pad to the longest: tensors of shape (batch, seq), labels (batch,) or (batch, seq)."""
+        """A training batch: tensors of shape (batch, seq), labels (batch,) or (batch, seq).
+
+        Padded to the longest, or packed into one row.
+        """
+
+    @property
+    def packs(self) -> bool:
+        """Whether a training batch is one row, its examples end to end (``packing.pack``)."""
+        return False
+
+    def batch_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """(rows, tokens) of a training batch of examples of these lengths."""
+        return (1, sum(lengths)) if self.packs else (len(lengths), max(lengths))
+
+    def check(self, model: nn.Module) -> list[Problem]:
+        """What is wrong with a transformers model for this task.
+
+        Called first on ``meta``, then with weights, where more can be seen.
+        """
+        return []
 
     @abstractmethod
     def num_items(self, features: Features) -> int:

@@ -26,6 +26,7 @@ from peftlab.tasks.base import (
 from peftlab.tasks.batches import by_length, check_aligned, eval_mode, score_all
 from peftlab.tasks.data import Field, read_rows, read_splits
 from peftlab.tasks.files import few
+from peftlab.tasks.packing import pack, why_not_packed
 from peftlab.tasks.prompts import (
     IGNORE,
     as_messages,
@@ -50,13 +51,16 @@ class CausalLMData(DataConfig):
     ``prompt`` and ``completion`` are a column each, or a template with ``{column}`` in braces;
     ``messages`` is instead a column of chats, lists of ``{role, content}``. ``max_new_tokens`` is
     the length of what is generated for a prediction: a longer reference never matches, and 0
-    generates nothing and scores the reference's tokens only.
+    generates nothing and scores the reference's tokens only. ``packing`` puts the examples of a
+    training batch into one row, end to end, instead of padding them: nothing is wasted on padding,
+    but attention is computed over the whole row before it is masked.
     """
 
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
     max_new_tokens: int = Option(default=64, ge=0)
+    packing: bool = False
 
     @model_validator(mode="after")
     def _one_form(self) -> CausalLMData:
@@ -107,6 +111,17 @@ class CausalLM(TaskKind[CausalLMData]):
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
         return {}
 
+    @property
+    def packs(self) -> bool:
+        return self.data.packing
+
+    def check(self, model: nn.Module) -> list[Problem]:
+        reason = why_not_packed(model) if self.packs else None
+        if reason is None:
+            return []
+        message = f"{type(model).__name__} cannot learn packed texts: {reason}."
+        return [Problem("data.packing", message, "Leave it off.")]
+
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> list[Features]:
@@ -139,7 +154,12 @@ class CausalLM(TaskKind[CausalLMData]):
     def collate(
         self, features: Sequence[Features], tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Tensor]:
-        """Padded on the right; labels are -100 where nothing is to be learned."""
+        """Padded on the right, or packed; labels are -100 where nothing is to be learned."""
+        return pack(features) if self.packs else self._padded(features, tokenizer)
+
+    def _padded(
+        self, features: Sequence[Features], tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Tensor]:
         fill = {"input_ids": pad_id(tokenizer), "attention_mask": 0, "labels": IGNORE}
         return {
             key: _pad([example[key] for example in features], value) for key, value in fill.items()
@@ -150,11 +170,17 @@ class CausalLM(TaskKind[CausalLMData]):
         return sum(label != IGNORE for label in features["labels"][1:])
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return _token_losses(_forward(model, batch), batch["labels"]).sum()
+        from peftlab.tasks.lm_loss import loss_sum
+
+        return loss_sum(model, _inputs(batch), batch["labels"])
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """(real tokens of the batch, vocabulary) in fp32."""
-        return _forward(model, batch)[batch["attention_mask"].bool()]
+        from peftlab.tasks.lm_loss import model_logits
+
+        logits = model_logits(model, _inputs(batch))
+        mask = batch.get("attention_mask")
+        return logits.flatten(0, 1) if mask is None else logits[mask.bool()]
 
     def predict(
         self,
@@ -233,6 +259,8 @@ class CausalLM(TaskKind[CausalLMData]):
         batch_size: int,
         predictions: list[Prediction],
     ) -> None:
+        from peftlab.tasks.lm_loss import losses_by_row
+
         device = next(model.parameters()).device
         numbers, features = [], []
         for number, row in enumerate(rows):
@@ -245,10 +273,10 @@ class CausalLM(TaskKind[CausalLMData]):
                 continue  # Too long to be scored: its nll stays None.
             numbers.append(number)
         for chosen in by_length([len(example["input_ids"]) for example in features], batch_size):
-            collated = self.collate([features[index] for index in chosen], tokenizer)
+            collated = self._padded([features[index] for index in chosen], tokenizer)
             batch = {key: value.to(device) for key, value in collated.items()}
-            losses = _token_losses(_forward(model, batch), batch["labels"]).sum(dim=1).tolist()
-            for index, loss in zip(chosen, losses, strict=True):
+            losses = losses_by_row(model, _inputs(batch), batch["labels"])
+            for index, loss in zip(chosen, losses.tolist(), strict=True):
                 count = self.num_items(features[index])
                 predictions[numbers[index]] |= {"nll": loss, "num_tokens": count}
 
@@ -277,24 +305,9 @@ def _pad(sequences: Sequence[list[int]], value: int, left: bool = False) -> Tens
     return torch.tensor(padded)
 
 
-def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits (batch, seq, vocabulary) in fp32."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    # Methods that put virtual tokens before the input return logits for those too.
-    return logits[:, -ids.shape[1] :].float()
-
-
-def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(batch, seq): the loss of predicting each next token, 0 where nothing is to be learned."""
-    from torch.nn import functional
-
-    # Labels move rather than logits: a slice of the logits would be copied.
-    following = functional.pad(labels, (0, 1), value=IGNORE)[:, 1:]
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return losses.view_as(following)
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model is called with."""
+    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 TASK_KIND = CausalLM

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+Shape = Callable[[Sequence[int]], tuple[int, int]]
+"""From the lengths of a micro-batch's examples to its (rows, tokens)."""
 BUCKET_STEPS = 30
 """Steps whose examples are sorted together; larger wastes less padding but mixes less."""
 
@@ -71,15 +73,19 @@ class BatchPlan:
         return [split_step(micro, processes) for micro in micros]
 
 
+def padded(lengths: Sequence[int]) -> tuple[int, int]:
+    """(rows, tokens) of examples that are padded to the longest."""
+    return len(lengths), max(lengths)
+
+
 def shapes(
-    micro_batches: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]
+    micro_batches: Sequence[Sequence[Sequence[int]]],
+    lengths: Sequence[int],
+    shape: Shape = padded,
 ) -> list[tuple[int, int]]:
-    """(rows, tokens after padding) of every share that is not empty."""
+    """(rows, tokens) of every share that is not empty, once it is collated."""
     return [
-        (len(part), max(lengths[row] for row in part))
-        for micro in micro_batches
-        for part in micro
-        if part
+        shape([lengths[row] for row in part]) for micro in micro_batches for part in micro if part
     ]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from peftlab.training.batches import BatchPlan, shapes
+from peftlab.training.batches import BatchPlan, Shape, padded, shapes
 from peftlab.training.config import TrainConfig
 
 Micros = list[list[list[int]]]
@@ -19,12 +19,18 @@ class Schedule:
     Args:
         lengths: tokens of each training example.
         num_processes: that share each micro-batch.
+        shape: of a collated micro-batch.
     """
 
     def __init__(
-        self, lengths: Sequence[int], config: TrainConfig, seed: int, num_processes: int = 1
+        self,
+        lengths: Sequence[int],
+        config: TrainConfig,
+        seed: int,
+        num_processes: int = 1,
+        shape: Shape = padded,
     ) -> None:
-        self._config, self._num_processes = config, num_processes
+        self._config, self.num_processes, self._shape = config, num_processes, shape
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.plan = BatchPlan(lengths, rows * num_processes, seed, config.group_by_length)
         self._epoch = lru_cache(maxsize=1)(self.plan.epoch)
@@ -44,11 +50,17 @@ class Schedule:
     def micro_batches(self, step: int) -> Micros:
         """A step's examples by micro-batch and process."""
         size = self._config.per_device_train_batch_size
-        return self.plan.micro_batches(self.rows_of(step), size, self._num_processes)
+        return self.plan.micro_batches(self.rows_of(step), size, self.num_processes)
 
     def shapes_of(self, step: int) -> list[tuple[int, int]]:
         """(rows, tokens) of each micro-batch of a step, on every process."""
-        return shapes(self.micro_batches(step), self.plan.lengths)
+        return shapes(self.micro_batches(step), self.plan.lengths, self._shape)
+
+    @property
+    def trained_rows(self) -> list[int]:
+        """The examples that the first epoch takes: all, unless the run is shorter than that."""
+        steps = range(min(self.total_steps, self.steps_per_epoch))
+        return [row for step in steps for row in self.rows_of(step)]
 
     def largest_step(self, start: int = 0) -> int:
         """The step with the largest micro-batch of those from ``start`` on.

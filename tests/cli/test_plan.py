@@ -111,3 +111,53 @@ def test_wrong_requests(
     assert len(done.errors) == 1
     assert expected in done.errors[0]
     assert "Traceback" not in done.err
+
+
+def test_several_sizes_are_planned_one_by_one(call: Call, write: Write) -> None:
+    shape = ("plan", "-r", "full", "--model", "bert-tiny", "--task-kind", "classification")
+    sweep = call(*shape, "--batch-size", "2,4", "--seq-len", "8,16", "--json")
+    assert sweep.code == 0, sweep.err
+    cells = sweep.json["sweep"]
+    sizes = [(cell["batch_size"], cell["seq_len"]) for cell in cells]
+    assert sizes == [(2, 8), (2, 16), (4, 8), (4, 16)]
+    one = call(*shape, "--batch-size", "4", "--seq-len", "8", "--json").json
+    assert cells[2]["memory"] == one["memory"]
+    wrong = call(*shape, "--batch-size", "2,x", "--seq-len", "8")
+    assert wrong.code == 2
+    assert "--batch-size" in wrong.err
+
+
+def test_a_distribution_has_a_longest_batch_and_an_average(call: Call, write: Write) -> None:
+    shape = ("plan", "-r", "full", "--model", "bert-tiny", "--task-kind", "classification")
+    lengths = ("--length-distribution", "8:0.75,16:0.25")
+    drawn = call(*shape, "--batch-size", "4", *lengths, "--json").json
+    longest = call(*shape, "--batch-size", "4", "--seq-len", "16", "--json").json
+    assert drawn["memory"] == longest["memory"]
+    assert (drawn["batch_shape"], longest["average"]) == ([4, 16], None)
+    average = drawn["average"]
+    assert average["steps_per_epoch"] == 500
+    # 1,500 texts of 8 tokens and 500 of 16: 40 tokens a step; sorted, nearly none is padding.
+    assert average["padded_tokens"] * (1 - average["padding_share"]) == pytest.approx(40)
+    assert 40 <= average["padded_tokens"] < 41
+    share = average["padded_tokens"] / 64
+    assert average["flops"] == pytest.approx(longest["flops_per_step"] * share)
+    for wrong in ("8", "8:x", "8:0.5", "0:1"):
+        refused = call(*shape, "--batch-size", "4", "--length-distribution", wrong)
+        assert refused.code == 2, wrong
+        assert "--length-distribution" in refused.err
+
+
+def test_gradients_exist_twice_in_data_parallel_training(project: Write, call: Call) -> None:
+    request = ("plan", "films", "--recipe", "full", "--model", "bert-tiny", "--json")
+    alone = call(*request, "--seq-len", "12").json
+    shared = call(*request, "--seq-len", "12", "--num-processes", "2").json
+    buckets = 4 * alone["params"]["trainable"]
+    assert shared["num_processes"] == 2
+    assert shared["marks"]["start_bytes"] == alone["marks"]["start_bytes"] + buckets
+    assert shared["memory"]["peak_bytes"] == alone["memory"]["peak_bytes"] + buckets
+    # Twice the rows make a step, in half as many steps.
+    steps = [
+        call(*request, "--num-processes", count).json["average"]["steps_per_epoch"]
+        for count in ("1", "2")
+    ]
+    assert steps == [4, 2]

@@ -220,19 +220,20 @@ def test_a_text_that_is_learned_from_its_first_token_counts_what_is_predicted(
     torch.testing.assert_close(kind.loss(tiny_llama, batch) / 2, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_prompt_positions_get_no_gradient_of_their_own(lm_tokenizer, tiny_llama):
+def test_only_positions_before_a_target_go_through_the_head(lm_tokenizer, tiny_llama):
     kind = plain()
     batch = kind.collate(kind.encode(ROWS, lm_tokenizer, 128), lm_tokenizer)
     kept = {}
 
-    def keep(module, args, output):
-        kept["logits"] = output
-        output.retain_grad()
+    def keep(module, args):
+        if torch.is_grad_enabled():
+            kept["hidden"] = args[0]
+            args[0].retain_grad()
 
-    handle = tiny_llama.lm_head.register_forward_hook(keep)
+    handle = tiny_llama.lm_head.register_forward_pre_hook(keep)
     kind.loss(tiny_llama, batch).backward()
     handle.remove()
-    learning = kept["logits"].grad.abs().sum(-1) > 0
+    learning = kept["hidden"].grad.abs().sum(-1) > 0
     predicts_target = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
     assert torch.equal(learning, predicts_target)
 
