@@ -13,11 +13,16 @@ from peftlab.anatomy import Anatomy, parameter_roles
 from peftlab.errors import IncompatibleError, Problem
 from peftlab.experiment.schema import Experiment
 from peftlab.methods.base import Method
+from peftlab.models.dropout import draw_dropout_fast
 from peftlab.models.load import build_from_config, load_config, load_model, load_tokenizer
+from peftlab.models.pooled import skip_unread_positions
+from peftlab.models.shared import SharedModel
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import Splits, TaskKind, TaskTraits
 from peftlab.training.config import TrainConfig
-from peftlab.training.modes import enable_checkpointing, frozen_trunk, trunk_candidates
+from peftlab.training.modes import frozen_trunk, trunk_candidates
+from peftlab.training.recompute import enable_checkpointing
+from peftlab.trunk.boundary import Boundary, NoBoundary, find_boundary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +46,7 @@ class Assembly:
     model: nn.Module
     params: ParameterCounts
     trunk: Sequence[nn.Module]
+    boundary: Boundary | NoBoundary
     notes: tuple[str, ...]
 
 
@@ -60,7 +66,11 @@ def check_model(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> 
         )
     anatomy = Anatomy.of(skeleton)
     method = experiment.build_method()
-    problems = [*method.check(anatomy), *_too_long(experiment, anatomy, method)]
+    problems = [
+        *kind.check(skeleton),
+        *method.check(anatomy),
+        *_too_long(experiment, anatomy, method),
+    ]
     if problems:
         raise IncompatibleError(problems)
     return anatomy
@@ -83,23 +93,41 @@ def _too_long(experiment: Experiment, anatomy: Anatomy, method: Method[Any]) -> 
     ]
 
 
-def assemble(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Assembly:
+def assemble(
+    experiment: Experiment,
+    kind: TaskKind[Any],
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shared: SharedModel | None = None,
+) -> Assembly:
     """Load the model and attach the method; a new head is drawn from the experiment's seed.
 
+    Args:
+        tokenizer: the model's, where it is loaded already.
+        shared: keeps the base model for later runs, if nothing of it but the head trains.
+
     Raises:
-        IncompatibleError: the method cannot be put on this model.
+        IncompatibleError: the task or the method does not work with this model.
         UserError: the model or tokenizer cannot be had.
     """
-    tokenizer = load_tokenizer(experiment.model)
+    tokenizer = tokenizer or load_tokenizer(experiment.model)
     set_seed(experiment.seed)
-    base = load_model(
-        experiment.model,
-        experiment.precision,
-        kind.traits.auto_class,
-        kind.model_kwargs(splits),
-    )
+
+    def load() -> PreTrainedModel:
+        return load_model(
+            experiment.model,
+            experiment.precision,
+            kind.traits.auto_class,
+            kind.model_kwargs(splits),
+        )
+
+    base = shared.get(load) if shared else load()
+    if problems := kind.check(base):
+        raise IncompatibleError(problems)
     method = experiment.build_method()
     prepared = prepare(base, method, kind.traits, experiment.train)
+    if shared and not prepared.boundary.reaches_head:
+        shared.drop()
     return Assembly(
         experiment=experiment,
         kind=kind,
@@ -110,6 +138,7 @@ def assemble(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Ass
         model=prepared.model,
         params=prepared.params,
         trunk=prepared.trunk,
+        boundary=prepared.boundary,
         notes=tuple(method.notes),
     )
 
@@ -121,12 +150,14 @@ class Prepared:
     Args:
         anatomy: of the base model.
         trunk: modules that stay in eval mode while training.
+        boundary: up to where the model computes the same in every epoch.
     """
 
     model: nn.Module
     anatomy: Anatomy
     params: ParameterCounts
     trunk: Sequence[nn.Module]
+    boundary: Boundary | NoBoundary
 
 
 def prepare(
@@ -145,11 +176,16 @@ def prepare(
         # A decoder's cache of keys and values helps generation only, and would be kept alive.
         base.config.use_cache = False
     if train.gradient_checkpointing:
-        enable_checkpointing(base)
+        enable_checkpointing(base, train.gradient_checkpointing)
     model = method.attach(base)
+    draw_dropout_fast(model)
+    if train.skip_unread_positions:
+        skip_unread_positions(base, anatomy)
+    trunk = [] if train.trunk_dropout else frozen_trunk(model, candidates, above)
     return Prepared(
         model=model,
         anatomy=anatomy,
         params=ParameterCounts(**parameter_roles(model, base_parameters, anatomy)),
-        trunk=[] if train.trunk_dropout else frozen_trunk(model, candidates, above),
+        trunk=trunk,
+        boundary=find_boundary(base, anatomy, trunk),
     )

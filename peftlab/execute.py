@@ -7,6 +7,8 @@ import os
 import shutil
 import time
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,30 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
+from torch import Tensor
 
 from peftlab.assemble import Assembly, assemble
 from peftlab.errors import DivergedError, IncompatibleError, Problem, RunError
 from peftlab.experiment.schema import Experiment
 from peftlab.files import replace_folder, write_json, write_text
+from peftlab.memory.flops import count_flops
 from peftlab.memory.meter import available_bytes, process_peak_bytes
 from peftlab.planning.experiment import plan_experiment
 from peftlab.results.record import CurvePoint, Memory, PhaseMarks, Record, Speed, Status
+from peftlab.results.record import TrunkCache as TrunkCacheRecord
 from peftlab.results.store import RECORD, write_predictions, write_record
-from peftlab.tasks.base import Splits, TaskKind
+from peftlab.sharing import Shared
+from peftlab.tasks.base import Features, Splits, TaskKind
 from peftlab.tasks.metrics import METRICS
+from peftlab.training.compilation import compile_seconds
 from peftlab.training.environment import describe_environment
 from peftlab.training.evaluate import predict_rows
 from peftlab.training.events import Listener, ProgressBar, StepFile, Tracking
 from peftlab.training.job import Job
 from peftlab.training.loop import Loop
+from peftlab.training.utilisation import matmul_flops_per_second, model_flops_utilisation
+from peftlab.trunk.cache import TrunkCache, fill_batches
 from peftlab.units import format_bytes
 
 ADAPTER, CHECKPOINTS, ERROR, PLAN = "adapter", "checkpoints", "error.txt", "plan.json"
@@ -47,11 +56,14 @@ class Execution:
         splits: Splits,
         identity: str,
         folder: Path,
+        shared: Shared | None = None,
     ) -> None:
         self.experiment, self.kind, self.splits = experiment, kind, splits
+        self.shared = shared or Shared()
         self.identity, self.folder = identity, folder
         self.known: dict[str, Any] = {"notes": splits.notes}
         self.speed: dict[str, Any] = {}
+        self.fill_seconds, self.fill_flops = 0.0, 0
 
     def run(self, resume: bool, progress: bool, command: str) -> Record:
         """Train, test and save; the record is written whatever happens.
@@ -69,6 +81,7 @@ class Execution:
             project_dir=str(self.folder),
         )
         _refuse_sharding(accelerator)
+        _refuse_early_updates(accelerator, self.experiment)
         if accelerator.is_main_process:
             (self.folder / RECORD).unlink(missing_ok=True)
             if not resume:
@@ -97,30 +110,79 @@ class Execution:
         if accelerator.is_main_process:
             (self.folder / ERROR).unlink(missing_ok=True)
             write_record(self.folder, record)
+        self.shared.runs += 1
         return record
 
     def _execute(self, accelerator: Accelerator, resume: bool, progress: bool) -> None:
+        started, shared = time.perf_counter(), self.shared
+        tokenizer, features = shared.encoded(self.experiment, self.kind, self.splits)
+        encode_seconds = time.perf_counter() - started
         self._plan(accelerator)
-        started = time.perf_counter()
-        assembly = assemble(self.experiment, self.kind, self.splits)
+        peak = matmul_flops_per_second(accelerator.device, self.experiment.precision)
+        self.speed["matmul_flops_per_second"] = peak
+        started, compiles = time.perf_counter(), self.experiment.train.torch_compile
+        compiled = compile_seconds() if compiles else 0.0
+        assembly = assemble(self.experiment, self.kind, self.splits, tokenizer, shared.model)
         self.known["params"] = assembly.params
         self.known["notes"] += assembly.notes
-        job = job_of(assembly, self.folder / CHECKPOINTS)
+        job = job_of(assembly, self.folder / CHECKPOINTS, features)
         # The method has drawn its own numbers: dropout shall be the same for all of them.
         set_seed(self.experiment.seed + accelerator.process_index)
         loop = Loop(job, accelerator, self._listeners(accelerator, progress))
-        self.speed["load_seconds"] = time.perf_counter() - started
-        try:
-            fitted = loop.fit(resume)
-        finally:
-            self._learn(loop)
-        self.known["notes"] += fitted.notes
-        self._test(assembly, accelerator)
+        self.speed["load_seconds"] = encode_seconds + time.perf_counter() - started
+        with self._trunk_cache(assembly, loop):
+            try:
+                fitted = loop.fit(resume)
+            finally:
+                self._learn(loop)
+            self.known["notes"] += fitted.notes
+            self._test(assembly, accelerator)
+        if compiles:
+            self.speed["compile_seconds"] = compile_seconds() - compiled
         if accelerator.is_main_process:
             with replace_folder(self.folder / ADAPTER) as folder:
                 assembly.method.save_adapter(assembly.model, folder)
                 self.known["saved_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
         accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _trunk_cache(self, assembly: Assembly, loop: Loop) -> Iterator[None]:
+        """In here the frozen trunk is computed once for each row; training rows at the start."""
+        train, job, accelerator = self.experiment.train, loop.job, loop.accelerator
+        shared = self.shared
+        cache = TrunkCache(
+            assembly.boundary,
+            train.trunk_cache,
+            half=train.trunk_cache_dtype == "float16",
+            before=shared.trunk,
+        )
+
+        def batch(rows: Sequence[int]) -> dict[str, Tensor]:
+            collated = self.kind.collate([job.features[row] for row in rows], job.tokenizer)
+            on_device: dict[str, Tensor] = send_to_device(collated, accelerator.device)
+            return on_device
+
+        def loss() -> Tensor:
+            with accelerator.autocast():
+                return self.kind.loss(assembly.model, batch(range(min(2, len(job.features)))))
+
+        lengths = {row: loop.lengths[row] for row in loop.schedule.trained_rows}
+        others = len(job.validation) + len(self.splits.test)
+        with cache.opened(loss, list(lengths.values()), others):
+            device, parts = accelerator.device.type, accelerator.num_processes
+            known = shared.filled if cache.continued else set()
+            unknown = {row: length for row, length in lengths.items() if row not in known}
+            share = fill_batches(unknown, device, accelerator.process_index, parts)
+            with accelerator.autocast(), count_flops() as counted:
+                cache.fill(map(batch, share), accelerator.wait_for_everyone)
+            self.fill_flops, self.fill_seconds = counted.flops, cache.fill_seconds
+            shared.trunk = cache.open_trunk
+            shared.filled = known if cache.note else {*known, *lengths}
+            try:
+                yield
+            finally:
+                cache.flush()
+                self.known["trunk_cache"] = TrunkCacheRecord(**cache.usage())
 
     def _plan(self, accelerator: Accelerator) -> None:
         """Foresee the memory, so that the record holds it beside what will be measured."""
@@ -130,13 +192,17 @@ class Execution:
         available = available_bytes(accelerator.device)
         try:
             planned = plan_experiment(
-                self.experiment, self.kind, self.splits, memory_bytes=available
+                self.experiment,
+                self.kind,
+                self.splits,
+                memory_bytes=available,
+                shared=self.shared,
             )
         except IncompatibleError as error:
             self.known["notes"] += (f"not planned: {error}",)
             return
         write_json(self.folder / PLAN, planned.model_dump(mode="json"))
-        self.known["plan"] = planned.model_dump(mode="json", exclude={"timeline", "params"})
+        self.known["plan"] = planned.model_dump(mode="json", exclude={"params"})
         if not planned.fits:
             warning = (
                 f"planned to need {format_bytes(planned.needed_bytes)}, but only "
@@ -193,10 +259,10 @@ class Execution:
             self.speed["tokens_per_second"] = progress.timed_tokens / progress.timed_seconds
         if progress.padded_tokens:
             self.speed["padding_share"] = 1 - progress.tokens / progress.padded_tokens
-        self.speed["train_seconds"] = progress.train_seconds
+        self.speed["train_seconds"] = progress.train_seconds + self.fill_seconds
         self.speed["eval_seconds"] = progress.eval_seconds
         self.known["memory"] = Memory(
-            source="process high-water mark", process_peak_bytes=process_peak_bytes()
+            source="process high-water mark", process_peak_bytes=self._process_peak_bytes()
         )
         if measured is None:
             return
@@ -206,17 +272,27 @@ class Execution:
             **measurement.breakdown.model_dump(),
             marks=PhaseMarks(**asdict(measurement.marks)),
             reserved_bytes=measurement.reserved_bytes,
-            process_peak_bytes=process_peak_bytes(),
+            process_peak_bytes=self._process_peak_bytes(),
             measured_step=measured.step,
             measured_batch=measured.batch,
         )
         self.speed["flops_per_step"] = measurement.flops
         self.speed["train_flops"] = (
-            measurement.flops * progress.padded_tokens / measured.padded_tokens
+            measurement.flops * progress.padded_tokens / measured.padded_tokens + self.fill_flops
         )
         self.speed["flops_source"] = (
             f"counted in step {measured.step}, scaled to the run by padded tokens"
+            + ", and the frozen trunk's once" * bool(self.fill_flops)
         )
+        self.speed["model_flops_utilisation"] = model_flops_utilisation(
+            self.speed["train_flops"],
+            self.speed["train_seconds"],
+            self.speed["matmul_flops_per_second"],
+        )
+
+    def _process_peak_bytes(self) -> int | None:
+        """None where it may be the peak of an earlier run in this process."""
+        return process_peak_bytes() if self.shared.runs == 0 else None
 
     def _record(self, status: Status, error: str | None) -> Record:
         experiment = self.experiment
@@ -242,8 +318,10 @@ class Execution:
         write_record(self.folder, self._record(status, error))
 
 
-def job_of(assembly: Assembly, checkpoints: Path) -> Job:
-    """What the loop needs to train an assembly."""
+def job_of(
+    assembly: Assembly, checkpoints: Path, features: Sequence[Features] | None = None
+) -> Job:
+    """What the loop needs to train an assembly; ``features`` where they are encoded already."""
     experiment, splits = assembly.experiment, assembly.splits
     return Job(
         model=assembly.model,
@@ -252,9 +330,9 @@ def job_of(assembly: Assembly, checkpoints: Path) -> Job:
         tokenizer=assembly.tokenizer,
         anatomy=assembly.anatomy,
         trunk=assembly.trunk,
-        features=assembly.kind.encode(
-            splits.train, assembly.tokenizer, experiment.train.max_length
-        ),
+        features=features
+        if features is not None
+        else assembly.kind.encode(splits.train, assembly.tokenizer, experiment.train.max_length),
         validation=splits.validation,
         labels=splits.labels,
         metric=experiment.metric,
@@ -279,6 +357,22 @@ def _refuse_sharding(accelerator: Accelerator) -> None:
                 "accelerate",
                 f"{accelerator.distributed_type.value} shards parameters, which is not supported.",
                 "Launch data-parallel training: accelerate launch --multi_gpu.",
+            )
+        )
+
+
+def _refuse_early_updates(accelerator: Accelerator, experiment: Experiment) -> None:
+    """Processes average their gradients after the hooks that would update.
+
+    Raises:
+        IncompatibleError: several processes with ``optimizer_in_backward``.
+    """
+    if experiment.optim.optimizer_in_backward and accelerator.num_processes > 1:
+        raise IncompatibleError(
+            Problem(
+                "optim.optimizer_in_backward",
+                f"does not work with {accelerator.num_processes} processes, which share gradients.",
+                "Launch one process, or leave it off.",
             )
         )
 

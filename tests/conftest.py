@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run side by side; tiny tensors gain nothing from threads, which then wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What one run keeps of a frozen trunk shall not be found by the next: not in the user's cache.
+if "PEFTLAB_TRUNK_CACHE" not in os.environ:
+    os.environ["PEFTLAB_TRUNK_CACHE"] = tempfile.mkdtemp(prefix="peftlab-trunk-")
+    atexit.register(shutil.rmtree, os.environ["PEFTLAB_TRUNK_CACHE"], ignore_errors=True)
 
 import pytest
 

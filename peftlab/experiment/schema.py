@@ -18,7 +18,9 @@ from peftlab.tasks.base import DataConfig, TaskKind
 from peftlab.training.config import TrainConfig
 
 IDENTITY_VERSION = 1
-_BOOKKEEPING = ("logging_steps", "report_to", "save_strategy", "save_steps", "save_total_limit")
+_BOOKKEEPING = (
+    "logging_steps", "report_to", "save_strategy", "save_steps", "save_total_limit", "trunk_cache"
+)  # fmt: skip
 """Training keys that change what is written down, not what is learned."""
 
 

@@ -15,12 +15,13 @@ from transformers import AutoConfig, PretrainedConfig
 from peftlab.errors import ConfigError, Problem
 from peftlab.experiment.schema import Experiment
 from peftlab.models.checkpoint import checkpoint_keys
-from peftlab.models.load import load_config, load_tokenizer
+from peftlab.models.load import load_config
 from peftlab.planning.answer import answer
 from peftlab.planning.average import average_step
 from peftlab.planning.fit import fit
 from peftlab.planning.schema import Device, Plan
 from peftlab.planning.simulate import PlanRequest
+from peftlab.sharing import Shared
 from peftlab.tasks.base import Splits, TaskKind
 from peftlab.training.schedule import Schedule
 
@@ -33,21 +34,43 @@ def plan_experiment(
     device: Device | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
+    shared: Shared | None = None,
 ) -> Plan:
     """As ``plan``, for an experiment and rows that are already there."""
     size = experiment.train.per_device_train_batch_size
     if seq_len is not None:
         request = request_of(experiment, kind, splits, (seq_len,) * size, device, num_processes)
         return plan_request(request, memory_bytes)
-    tokenizer = load_tokenizer(experiment.model)
-    features = kind.encode(splits.train, tokenizer, experiment.train.max_length)
+    shared = shared or Shared()
+    tokenizer, features = shared.encoded(experiment, kind, splits)
     lengths = [len(each["input_ids"]) for each in features]
     schedule = Schedule(lengths, experiment.train, experiment.seed, num_processes, kind.batch_shape)
     shares = _largest_share(schedule, kind)
     batches = [kind.collate([features[row] for row in share], tokenizer) for share in shares]
     request = _of_shares(experiment, kind, splits, schedule, shares, device)
     tokens = sum(_tokens(kind, share, lengths) for share in shares)
-    return _with_average(plan_request(request, memory_bytes, batches), schedule, tokens)
+    key = _what_decides(request, batches)
+    if key not in shared.plans:
+        shared.plans[key] = answer(request, batches)
+    planned: Plan = shared.plans[key]
+    if memory_bytes is not None:
+        planned = fit(request, memory_bytes, planned)
+    return _with_average(planned, schedule, tokens)
+
+
+def _what_decides(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """What tells apart the plans of runs that differ in seed and learning rate.
+
+    Shapes, and of the values those that a step on tensors without storage may read: whether
+    anything is padded, and how many targets a language model has.
+    """
+    counted = ("labels",) if request.kind.traits.unit == "tokens" else ()
+    told = [
+        (name, tuple(tensor.shape), bool(tensor.all()), name in counted and tensor.tolist())
+        for batch in batches
+        for name, tensor in batch.items()
+    ]
+    return f"{request.train.model_dump_json()} {told}"
 
 
 def plan_lengths(

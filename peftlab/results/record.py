@@ -67,7 +67,11 @@ class Memory(Config):
 
 
 class Speed(Config):
-    """Time and arithmetic. ``tokens_per_second`` counts real tokens, the first step excluded."""
+    """Time and arithmetic. ``tokens_per_second`` counts real tokens, the first step excluded.
+
+    ``model_flops_utilisation`` is ``train_flops`` over what ``matmul_flops_per_second``, measured
+    at the start, would have done in ``train_seconds``. ``compile_seconds`` are in these too.
+    """
 
     train_seconds: float | None = None
     eval_seconds: float | None = None
@@ -77,6 +81,32 @@ class Speed(Config):
     flops_per_step: int | None = None
     train_flops: float | None = None
     flops_source: str = ""
+    matmul_flops_per_second: float | None = None
+    model_flops_utilisation: float | None = None
+    compile_seconds: float | None = None
+
+
+class TrunkCache(Config):
+    """What became of the frozen trunk's activations.
+
+    Args:
+        key: the trunk's name in the cache; empty if nothing was kept.
+        boundary: up to where they were kept.
+        rows: in the cache at the end, those of other runs included.
+        stored_bytes: of these.
+        fill_seconds: spent on computing training rows before the first step; in ``train_seconds``.
+        replayed_rows: rows that the model did not compute; ``computed_rows`` are those it did.
+        note: why the cache was not used, or what happened to it.
+    """
+
+    key: str = ""
+    boundary: str = ""
+    rows: int = 0
+    stored_bytes: int = 0
+    fill_seconds: float = 0.0
+    replayed_rows: int = 0
+    computed_rows: int = 0
+    note: str = ""
 
 
 class Environment(Config):
@@ -129,6 +159,7 @@ class Record(Config):
     memory: Memory | None = None
     plan: dict[str, Any] | None = None
     speed: Speed = Field(default_factory=Speed)
+    trunk_cache: TrunkCache = Field(default_factory=TrunkCache)
     curve: tuple[CurvePoint, ...] = ()
     steps_done: int = 0
     final_train_loss: float | None = None

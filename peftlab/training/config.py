@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from peftlab.config import Config
+from peftlab.units import parse_bytes
 
 
 class TrainConfig(Config):
@@ -16,7 +17,12 @@ class TrainConfig(Config):
     every ``eval_steps`` optimizer steps. With ``load_best_model_at_end`` the weights with the best
     validation metric are the result. ``max_steps`` overrides ``num_train_epochs``.
     ``gradient_checkpointing: selective`` keeps matrix products and attention, and recomputes the
-    rest.
+    rest. ``skip_unread_positions`` computes of an encoder's last block only the position that a
+    sequence classifier's head reads: the same logits and gradients. ``torch_compile`` compiles the
+    blocks that train; neither plan nor measurement can see into them.
+    ``trunk_cache: auto | off | SIZE`` is how much of the disk may be taken to compute the frozen
+    trunk once for all epochs; ``auto`` is 10 GiB, or a fifth of what is free if that is less.
+    ``trunk_cache_dtype: float16`` halves it and rounds what float32 computed.
     """
 
     num_train_epochs: float = Field(default=3, gt=0)
@@ -28,6 +34,10 @@ class TrainConfig(Config):
     gradient_checkpointing: bool | Literal["selective"] = False
     group_by_length: bool = True
     trunk_dropout: bool = False
+    trunk_cache: str = "auto"
+    trunk_cache_dtype: Literal["float32", "float16"] = "float32"
+    skip_unread_positions: bool = True
+    torch_compile: bool = False
     eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
     eval_steps: int | None = Field(default=None, ge=1)
     load_best_model_at_end: bool = True
@@ -37,6 +47,16 @@ class TrainConfig(Config):
     save_total_limit: int = Field(default=1, ge=1)
     logging_steps: int = Field(default=1, ge=1)
     report_to: tuple[str, ...] = ()
+
+    @field_validator("trunk_cache")
+    @classmethod
+    def _is_a_size(cls, setting: str) -> str:
+        if setting not in ("auto", "off"):
+            try:
+                parse_bytes(setting)
+            except ValueError as error:
+                raise ValueError(f"must be auto, off or a size: {error}") from None
+        return setting
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from peftlab.anatomy import Anatomy
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Gradient checkpointing of a transformers model, before a method attaches."""
-    model.activation_checkpointing_enable()
-    # transformers makes the embeddings' output require gradients, which reentrant checkpointing
-    # needed; without it blocks below the lowest trainable tensor stay out of backward.
-    model.disable_input_require_grads()
-
-
 def trunk_candidates(base: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
-    """The embeddings and blocks of a model, bottom to top; to be taken before a method attaches."""
-    return [base.get_submodule(name) for name in (*anatomy.embeddings, *anatomy.blocks)]
+    """Embeddings, their dropout and blocks, bottom to top; to be taken before a method attaches."""
+    embeddings, blocks = (
+        [base.get_submodule(name) for name in names]
+        for names in (anatomy.embeddings, anatomy.blocks)
+    )
+    stack = base.get_submodule(anatomy.blocks[0].rpartition(".")[0])
+    around = base.get_submodule(anatomy.blocks[0].rpartition(".")[0].rpartition(".")[0])
+    # GPT-2's lies beside the embeddings. The order of registration is the order of use.
+    before = itertools.takewhile(lambda child: child is not stack, around.children())
+    return [*embeddings, *(child for child in before if isinstance(child, nn.Dropout)), *blocks]
 
 
 def frozen_trunk(

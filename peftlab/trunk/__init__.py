@@ -1,0 +1,1 @@
+"""The frozen trunk's activations: computed once, replayed afterwards."""
