@@ -50,7 +50,9 @@ def make_cell() -> MakeCell:
             ),
             "saved_bytes": 80,
             "memory": memory,
-            "speed": Speed(train_seconds=seconds, tokens_per_second=1000.0),
+            "speed": Speed(
+                train_seconds=seconds, tokens_per_second=1000.0, model_flops_utilisation=0.25
+            ),
             "environment": Environment(
                 device="cpu",
                 num_processes=1,

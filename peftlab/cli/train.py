@@ -120,6 +120,8 @@ def _summarise(run: Run, started: float) -> None:
     say(f"test {record.metric}: {shown}{constant}")
     evaluation = format_seconds(speed.eval_seconds)
     say(f"time: {format_seconds(speed.train_seconds)} training, {evaluation} evaluation")
+    if speed.model_flops_utilisation is not None:
+        say(f"model FLOPs utilisation: {speed.model_flops_utilisation:.0%} of the measured peak")
     if record.memory is not None:
         peak = format_bytes(record.memory.peak_bytes)
         say(f"peak memory: {peak} ({record.memory.source})")

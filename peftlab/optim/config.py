@@ -15,6 +15,8 @@ class OptimConfig(Config):
     ``learning_rate_multipliers`` maps a regular expression over parameter names to a factor; a
     parameter takes the first that matches (``re.search``). ``layerwise_lr_decay`` multiplies the
     rate by that factor per block from the top down (ULMFiT, Howard & Ruder 2018, §3.2).
+    ``optimizer_in_backward`` updates each parameter during backward and frees its gradient at once;
+    it needs ``max_grad_norm: null`` and one micro-batch a step.
     """
 
     optim: str = "adamw_torch"
@@ -30,6 +32,7 @@ class OptimConfig(Config):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     learning_rate_multipliers: dict[str, float] = Field(default_factory=dict)
     layerwise_lr_decay: float | None = Field(default=None, gt=0, le=1)
+    optimizer_in_backward: bool = False
 
     @model_validator(mode="after")
     def _multipliers_positive(self) -> OptimConfig:

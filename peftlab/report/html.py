@@ -58,6 +58,11 @@ def render_html(comparison: Comparison) -> str:
         curves=[drawn(panel) for panel in learning_curves(comparison)],
         environments=_environments(comparison),
         run_notes=_run_notes(comparison),
+        utilisation=[
+            (row.recipe, text.percent(100 * row.model_flops_utilisation))
+            for row in comparison.methods
+            if row.model_flops_utilisation is not None
+        ],
         flops_sources=sorted(
             {cell.speed.flops_source for cell in comparison.cells if cell.speed.flops_source}
         ),

@@ -144,6 +144,7 @@ def _row(recipe: str, cells: Sequence[Cell], reference: Reference) -> Row:
         time_saving_percent=_saving(train_seconds, reference.train_seconds),
         tokens_per_second=_mean_of(cell.speed.tokens_per_second for cell in done),
         train_flops=_mean_of(cell.speed.train_flops for cell in done),
+        model_flops_utilisation=_mean_of(cell.speed.model_flops_utilisation for cell in done),
     )
 
 

@@ -84,6 +84,7 @@ class Row(Config):
     time_saving_percent: float | None = None
     tokens_per_second: float | None = None
     train_flops: float | None = None
+    model_flops_utilisation: float | None = None
     difference: Difference | None = None
     difference_to_best: Difference | None = None
     on_memory_front: bool | None = None

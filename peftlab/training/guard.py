@@ -28,8 +28,12 @@ class LearningGuard:
         if not self._without_gradient:
             return
         for name, parameter in model.named_parameters():
-            if name in self._without_gradient and _has_gradient(parameter):
-                self._without_gradient.discard(name)
+            self.observe_parameter(name, parameter)
+
+    def observe_parameter(self, name: str, parameter: Tensor) -> None:
+        """The same for one parameter, where gradients do not last until the end of the step."""
+        if name in self._without_gradient and _has_gradient(parameter):
+            self._without_gradient.discard(name)
 
     def state(self) -> list[str]:
         """The parameters not yet seen with a gradient, for a checkpoint."""

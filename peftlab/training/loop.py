@@ -23,7 +23,9 @@ from peftlab.errors import DivergedError
 from peftlab.memory.meter import NullMeter, StepMeter, step_meter
 from peftlab.methods.base import Progress
 from peftlab.optim.build import build_optimizer, build_scheduler
+from peftlab.optim.in_backward import update_in_backward
 from peftlab.training import checkpoint as ckpt
+from peftlab.training.compilation import compile_blocks
 from peftlab.training.evaluate import predict_rows
 from peftlab.training.events import EvaluationEvent, Listener, StepEvent
 from peftlab.training.guard import LearningGuard
@@ -41,13 +43,19 @@ class Loop:
         self.job, self.accelerator, self.listeners = job, accelerator, listeners
         self.model = job.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if job.train.torch_compile:
+            compile_blocks(self.model, job.anatomy, job.trunk, accelerator.device)
         optimizer, self.notes = build_optimizer(self.model, job.optim, job.anatomy)
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.lengths = [len(features["input_ids"]) for features in job.features]
-        self.schedule = Schedule(self.lengths, job.train, job.seed, accelerator.num_processes)
+        processes, shape = accelerator.num_processes, job.kind.batch_shape
+        self.schedule = Schedule(self.lengths, job.train, job.seed, processes, shape)
         self.total_steps = self.schedule.total_steps
         self.scheduler = build_scheduler(optimizer, job.optim, self.total_steps)
         self.guard = LearningGuard(self.model)
+        if job.optim.optimizer_in_backward:
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            update_in_backward(optimizer, lambda p: self.guard.observe_parameter(names[p], p))
         self.state = TrainingState(
             job.method, job.model, self.optimizer, self.scheduler, accelerator.scaler, self.guard
         )
@@ -63,7 +71,9 @@ class Loop:
         """
         if resume:
             self._restore()
-        to_measure = self.schedule.largest_step(self.progress.step)
+        # The operations of compiled blocks cannot be watched.
+        compiled = self.job.train.torch_compile
+        to_measure = None if compiled else self.schedule.largest_step(self.progress.step)
         try:
             for listener in self.listeners:
                 listener.on_begin(self.total_steps, self.progress.step)

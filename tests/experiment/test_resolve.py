@@ -205,6 +205,18 @@ def test_rules_between_sections(recipe: str, override: str, problem: str) -> Non
     assert found.startswith(f"--set {override}: {problem}")
 
 
+def test_what_updates_in_backward_do_not_go_with() -> None:
+    early = "optim.optimizer_in_backward=true"
+    others = ["train.gradient_accumulation_steps=2", "precision.fp16=true"]
+    found = _problems("movie-sentiment", "full", overrides=[early, *others])
+    assert len(found) == 3
+    message = "optim.optimizer_in_backward updates before all gradients are there."
+    assert all(message in problem for problem in found)
+    assert sum("Use optim.max_grad_norm=null" in problem for problem in found) == 1
+    fine = [early, "optim.max_grad_norm=null"]
+    assert resolve("movie-sentiment", "full", overrides=fine).experiment.optim
+
+
 def test_a_combination_that_is_fine_is_left_alone() -> None:
     overrides = ["train.gradient_checkpointing=true", "precision.quantization=nf4"]
     assert resolve("movie-sentiment", "lora", overrides=overrides).experiment.train

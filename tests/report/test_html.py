@@ -10,7 +10,7 @@ import pytest
 from peftlab.report.html import render_html, write_html
 from peftlab.results.build import build_comparison
 from peftlab.results.comparison import Comparison
-from peftlab.results.record import CurvePoint
+from peftlab.results.record import CurvePoint, Speed
 from peftlab.results.store import write_predictions
 from peftlab.units import MIB
 
@@ -165,3 +165,10 @@ def test_write_html(make_cell: Any, tmp_path: Path) -> None:
     comparison = build_comparison(_many(make_cell))
     write_html(tmp_path / "report.html", comparison)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_html(comparison)
+
+
+def test_utilisation_is_shown_where_it_is_known(make_cell: Any) -> None:
+    known = build_comparison([make_cell("full", 0, 0.8, seconds=1.0)])
+    assert "peak measured before each run: full 25.0%." in render_html(known)
+    unknown = build_comparison([make_cell("full", 0, 0.8, speed=Speed(train_seconds=1.0))])
+    assert "Model FLOPs utilisation" not in render_html(unknown)

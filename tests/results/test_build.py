@@ -41,6 +41,7 @@ def test_figures_by_hand(make_cell: Any) -> None:
     assert lora.memory.named()["weights"] == pytest.approx((125 + 125 + 126) / 3)
     assert lora.trainable_percent == 1
     assert (lora.saved_bytes, lora.tokens_per_second) == (80, 1000)
+    assert (lora.model_flops_utilisation, full.model_flops_utilisation) == (0.25, 0.25)
     assert (lora.seeds_ok, lora.seeds_total, lora.statuses) == (3, 3, {"ok": 3})
     assert comparison.reference.peak_source == "measured"
     # Differences 0.02, −0.02, 0.03.

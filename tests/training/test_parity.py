@@ -122,14 +122,18 @@ def test_losses_equal_trainers(
     )
     loop, heard = loop_of(assembled(recipe, *settings))
     loop.fit()
-    expected, oracle = oracle_losses(assembled(recipe, *settings), loop, tmp_path)
+    plain = assembled(recipe, *settings, "train.skip_unread_positions=false")
+    expected, oracle = oracle_losses(plain, loop, tmp_path)
     assert len(heard.losses) == len(expected) == STEPS
     torch.testing.assert_close(heard.losses, expected, rtol=0, atol=1e-5)
     assert heard.losses[-1] < heard.losses[0]
     method = loop.job.method
     ours, theirs = method.training_state(loop.model), method.training_state(oracle)
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2e-5, msg=name)
+        # Attention does not change with the keys' bias: its gradient is rounding error alone, of
+        # which Adam makes whole steps.
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
