@@ -6,15 +6,13 @@ import bisect
 from dataclasses import dataclass
 
 from peftlab.memory.trace import StepTrace
-from peftlab.units import MIB
+from peftlab.units import KIB, MIB
 
 # c10/cuda/CUDACachingAllocator.h, default settings: kMinBlockSize, kSmallSize, kSmallBuffer,
 # kMinLargeAlloc, kLargeBuffer, kRoundLarge.
 _GRANULARITY, _SMALL, _SMALL_SEGMENT = 512, MIB, 2 * MIB
 _LARGE, _LARGE_SEGMENT, _LARGE_ROUNDING = 10 * MIB, 20 * MIB, 2 * MIB
-CUBLAS_WORKSPACES = (8_519_680, 8_519_680)
-"""cuBLAS keeps one each for the threads of forward and backward: 4096 KiB x 2 + 16 KiB x 8
-by default (aten/src/ATen/cuda/CublasHandlePool.cpp); on Hopper 32 MiB each."""
+_WORKSPACE, _LARGE_WORKSPACE = 2 * 4 * MIB + 8 * 16 * KIB, 32 * MIB
 
 
 @dataclass
@@ -28,10 +26,13 @@ class _Block:
 
 
 class CachingAllocator:
-    """One stream, default settings: best fit, blocks split and coalesced, no segment returned."""
+    """One stream, default settings: best fit, blocks split and coalesced, segments kept.
+
+    ``reserved_bytes`` is what it holds, ``peak_bytes`` the most it ever held.
+    """
 
     def __init__(self) -> None:
-        self.reserved_bytes = 0
+        self.reserved_bytes = self.peak_bytes = 0
         self._next_pointer = 0
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
 
@@ -66,6 +67,14 @@ class CachingAllocator:
             block = before
         self._give(block)
 
+    def empty_cache(self) -> None:
+        """Return the segments of which nothing is in use, as ``torch.cuda.empty_cache`` does."""
+        for pool in self._free.values():
+            whole = [entry for entry in pool if entry[2].previous is entry[2].next is None]
+            self.reserved_bytes -= sum(size for size, *_ in whole)
+            returned = {id(block) for *_, block in whole}
+            pool[:] = [entry for entry in pool if id(entry[2]) not in returned]
+
     def _segment(self, size: int, small: bool) -> _Block:
         if small:
             segment = _SMALL_SEGMENT
@@ -76,6 +85,7 @@ class CachingAllocator:
         block = _Block(self._next_pointer, segment, small)
         self._next_pointer += segment
         self.reserved_bytes += segment
+        self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
         return block
 
     def _split(self, block: _Block, size: int) -> None:
@@ -100,17 +110,40 @@ class CachingAllocator:
         del pool[at]
 
 
-def reserved_bytes(trace: StepTrace, workspaces: tuple[int, ...] = CUBLAS_WORKSPACES) -> int:
-    """What the allocator holds at the end of a trace; segments are never given back before."""
+def cublas_workspaces(capability: tuple[int, int] | None) -> tuple[int, int]:
+    """What cuBLAS keeps for the threads of forward and of backward, in bytes.
+
+    ``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp: ``:4096:2:16:8``, and
+    32 MiB from Hopper on; ``CUBLAS_WORKSPACE_CONFIG`` changes it, and newer versions of torch keep
+    none between operations. cuBLASLt shares them, or takes 1 MiB of its own.
+
+    Args:
+        capability: compute capability of the card; None where it is not known, an older one then.
+    """
+    size = _LARGE_WORKSPACE if capability is not None and capability[0] >= 9 else _WORKSPACE
+    return size, size
+
+
+def reserved_bytes(
+    trace: StepTrace, workspaces: tuple[int, ...], emptied_before: bool = False
+) -> int:
+    """The most that the allocator holds over a trace.
+
+    Args:
+        workspaces: blocks that are there throughout.
+        emptied_before: the cache is emptied where the step begins, by a loop that does so.
+    """
     allocator = CachingAllocator()
     for size in workspaces:
         allocator.allocate(size)
     blocks: dict[int, _Block] = {}
     sizes: dict[int, int] = {}
-    for index, change in trace.events:
+    for position, (index, change) in enumerate(trace.events):
+        if emptied_before and position == trace.start:
+            allocator.empty_cache()
         if index in blocks:
             allocator.release(blocks.pop(index))
         sizes[index] = sizes.get(index, 0) + change
         if sizes[index]:
             blocks[index] = allocator.allocate(sizes[index])
-    return allocator.reserved_bytes
+    return allocator.peak_bytes

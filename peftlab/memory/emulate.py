@@ -2,7 +2,8 @@
 
 Fake tensors on ``cuda`` abort a CPU-only torch at the first autograd operation, so the tensors stay
 on the CPU and the choices that torch makes by device are made here as on CUDA: which attention
-kernel runs, what it keeps and what it needs inside, what autocast casts, how fp16 losses are scaled.
+kernel runs, what it keeps and needs inside, what dropout keeps, what autocast casts, how fp16
+losses are scaled.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _fused_dropout() -> Iterator[None]:
         return result
 
     try:
-        library.impl("dropout", dropout, "AutogradCPU")
+        library.impl("dropout", dropout, "AutogradCPU")  # type: ignore[no-untyped-call]
         yield
     finally:
         library._destroy()  # type: ignore[no-untyped-call]
@@ -111,15 +112,17 @@ def _attention(
         if head_dim % 8:
             padding = (0, 8 - head_dim % 8)
             query, key, value = (functional.pad(t, padding) for t in (query, key, value))
-        flash: Tensor = _Flash.apply(query, key, value, dropout_p, is_causal, scale)
-        return flash[..., :head_dim]
+        flash: Any = _Flash
+        made: Tensor = flash.apply(query, key, value, dropout_p, is_causal, scale)
+        return made[..., :head_dim]
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
     inputs = [tensor for tensor in (query, key, value, bias) if tensor is not None]
     keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    out: Tensor = _Efficient.apply(query, key, value, bias, keeps, dropout_p, is_causal, scale)
+    efficient: Any = _Efficient
+    out: Tensor = efficient.apply(query, key, value, bias, keeps, dropout_p, is_causal, scale)
     return out
 
 

@@ -89,7 +89,7 @@ class FakeWorld(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.mode, self.device = mode, device
         self.guesses: set[str] = set()
-        self._recall = Recall(mode)
+        self._recall = Recall(mode, device)
         self._natures: dict[Any, _Nature] = {}
 
     @classmethod

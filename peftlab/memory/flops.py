@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -48,14 +48,14 @@ _UNREGISTERED: dict[str, Callable[..., int]] = {
 """What torch has no formula for: quantised weights, and the attention kernel of the CPU."""
 
 
-def operation_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
-    """Floating-point operations of one dispatched operation; 0 for all but products."""
+def flop_formula(func: Any) -> Callable[..., int] | None:
+    """For one operation: its arguments, and ``out_val``, to floating-point operations.
+
+    None for all but products, which are not counted.
+    """
     packet = func._overloadpacket
-    if (formula := flop_registry.get(packet)) is not None:
-        return int(formula(*args, **kwargs, out_val=out))
-    if (ours := _UNREGISTERED.get(packet._qualified_op_name)) is not None:
-        return ours(*args, **kwargs)
-    return 0
+    formula: Callable[..., int] | None = flop_registry.get(packet)
+    return formula or _UNREGISTERED.get(packet._qualified_op_name)
 
 
 class count_flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -74,5 +74,6 @@ class count_flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.flops += operation_flops(func, args, kwargs or {}, out)
+        if (formula := flop_formula(func)) is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
         return out

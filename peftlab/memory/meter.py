@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,12 +81,19 @@ class TimelineMeter:
         granularity: bytes to which sizes are rounded up.
         timeline: one that is running already and sees more than this step; by default each step
             has its own.
+        buckets: what gradients are averaged in between processes, counted with them.
     """
 
     source = "storages live during the step, exact sizes"
 
-    def __init__(self, granularity: int = 1, timeline: Timeline | None = None) -> None:
+    def __init__(
+        self,
+        granularity: int = 1,
+        timeline: Timeline | None = None,
+        buckets: Sequence[Tensor] = (),
+    ) -> None:
         self._granularity = granularity
+        self._buckets = buckets
         self._running = timeline
         self._timeline: Timeline | None = None
         self._model: nn.Module | None = None
@@ -104,6 +111,7 @@ class TimelineMeter:
             timeline.adopt(model.buffers(), "weights")
             timeline.adopt(_quantization_statistics(model), "weights")
             timeline.adopt(_gradients(model), "gradients")
+            timeline.adopt(self._buckets, "gradients")
             timeline.adopt(state_tensors(optimizer), "optimizer")
             timeline.adopt(_tensors(inputs), "inputs")
             stack.callback(_watch_logits(model, timeline))

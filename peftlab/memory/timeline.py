@@ -8,56 +8,86 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from peftlab.memory.flops import operation_flops
+from peftlab.memory.flops import flop_formula
 from peftlab.memory.trace import PHASES, Phase, Role, StepTrace, StorageInfo
 
 CUDA_GRANULARITY = 512
 """CUDA rounds to this many bytes (c10/cuda/CUDACachingAllocator.cpp, ``kMinBlockSize``)."""
 
-_untyped: Any = torch.UntypedStorage
-_expired: Callable[[int], bool] = _untyped._expired
-_free_weak_ref: Callable[[int], None] = _untyped._free_weak_ref
 _DEVICE = torch.ops.prim.device.default
-_PINNED: tuple[Role, ...] = ("weights", "optimizer")
 
 
 class _Tracked:
-    """A storage under observation; holds a weak reference to it until closed."""
+    """A storage under observation."""
 
-    __slots__ = ("address", "forward", "index", "op", "phase", "role", "size")
+    __slots__ = ("address", "dead", "forward", "index", "op", "phase", "role", "size")
 
     def __init__(self, address: int, index: int, size: int, op: str, phase: str) -> None:
         self.address, self.index, self.size = address, index, size
         self.op, self.phase = op, phase
+        self.dead = False
         self.role: Role | None = None
         self.forward: int | None = None
+
+
+class _Witness:
+    """Lives in a storage's Python object, which the storage owns, and dies with it."""
+
+    __slots__ = ("dead", "tracked")
+
+    def __init__(self, tracked: _Tracked, dead: list[_Tracked]) -> None:
+        self.tracked, self.dead = tracked, dead
+
+    def __del__(self) -> None:
+        # Possibly in the middle of an allocator or of backward: no more than this.
+        self.tracked.dead = True
+        self.dead.append(self.tracked)
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    """What is the same for every call of an operation."""
+
+    name: str
+    flops: Callable[..., int] | None
+    returns_inputs: bool
+
+    @classmethod
+    def of(cls, func: Any) -> _Operation:
+        aliases = any(result.alias_info is not None for result in func._schema.returns)
+        return cls(str(func), flop_formula(func), aliases)
 
 
 class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records which storages are live, operation by operation.
 
-    Frees are found by polling weak references before every allocation: the reference keeps a
-    storage's address from being reused, never its data, so that no callback runs inside the
-    allocator and events are in exact order. Nothing is kept alive.
+    A storage that goes away is noted at once by a witness inside it and recorded before the next
+    allocation, so that events are in exact order and a step's cost does not grow with what is live.
+    Nothing is kept alive. One timeline runs at a time.
 
     Args:
         granularity: sizes are rounded up to a multiple of this many bytes; 1 on CPU.
     """
 
+    _running: ClassVar[bool] = False
+
     def __init__(self, granularity: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self._granularity = granularity
+        self._operations: dict[Any, _Operation] = {}
         self._storages: list[_Tracked] = []
         self._live: dict[int, _Tracked] = {}
-        self._mortal: dict[int, None] = {}
+        self._dead: list[_Tracked] = []
         self._events: list[tuple[int, int]] = []
         self._start: int | None = None
         self._entered: list[tuple[Phase, int]] = []
@@ -70,41 +100,52 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._logits_from: int | None = None
         self._backward_from = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled, and the guard around every operation has its price.
+        return False
+
+    def __enter__(self) -> Timeline:
+        if Timeline._running:
+            raise RuntimeError("one timeline runs at a time")
+        super().__enter__()  # type: ignore[no-untyped-call]
+        Timeline._running = True
+        return self
+
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for tracked in self._live.values():
-            _free_weak_ref(tracked.address)
+        Timeline._running = False
         self._live.clear()
-        self._mortal.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
         if func is _DEVICE:
-            return out
-        self.flops += operation_flops(func, args, kwargs or {}, out)
+            # The engine asks every gradient; the mode below would answer the same.
+            return args[0].device if isinstance(args[0], FakeTensor) else func(*args)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (operation := self._operations.get(func)) is None:
+            operation = self._operations[func] = _Operation.of(func)
+        if operation.flops is not None:
+            self.flops += operation.flops(*args, **kwargs, out_val=out)
         if self._inside and self._phase == "backward":
             self._follow_recomputation()
-        outputs = (out,) if isinstance(out, Tensor) else tree_leaves(out)
-        for tensor in outputs:
-            if isinstance(tensor, Tensor):
-                self._see(tensor, func, args, kwargs)
+        for tensor in (out,) if isinstance(out, Tensor) else _tensors(out):
+            self._see(tensor, operation, args, kwargs)
         return out
 
     def adopt(self, tensors: Iterable[Tensor], role: Role) -> None:
         """Give storages a role; those not seen so far are counted from now on."""
         for tensor in tensors:
-            if (tracked := self._live.get(tensor.untyped_storage()._cdata)) is None:
-                tracked = self._track(tensor.untyped_storage(), "")
+            storage = tensor.untyped_storage()
+            tracked = self._find(storage) or self._track(storage, "")
             if tracked is not None:
                 tracked.role = role
-                if role in _PINNED:
-                    self._mortal.pop(tracked.address, None)
 
     def begin(self) -> None:
         """What is live was there before the step; the step starts here."""
-        self._poll(everything=True)
+        self._bury()
         self._start = len(self._events)
         self._entered, self._left, self._phase, self.flops = [], [], None, 0
 
@@ -115,7 +156,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError("a phase needs a step that began, and cannot hold another phase")
         if name not in PHASES:
             raise ValueError(f"no phase {name!r}")
-        self._poll()
+        self._bury()
         self._phase, self._inside = name, True
         self._entered.append((name, len(self._events)))
         if name == "forward":
@@ -125,7 +166,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            self._poll(everything=True)
+            self._bury()
             self._left.append((name, len(self._events)))
             self._close_forward()
             self._inside = False
@@ -133,7 +174,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def logits_made(self, logits: Tensor) -> None:
         """From this tensor to the end of forward, what is allocated is logits, copies and loss."""
-        tracked = self._live.get(logits.untyped_storage()._cdata)
+        tracked = self._find(logits.untyped_storage())
         if tracked is None or self._phase != "forward":
             return
         if self._logits_from is None or tracked.index < self._logits_from:
@@ -149,7 +190,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def trace(self) -> StepTrace:
         """The step as recorded so far."""
-        self._poll(everything=True)
+        self._bury()
         freed_at = {}
         for position, (index, change) in enumerate(self._events):
             if change < 0:
@@ -171,47 +212,57 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outlives = freed_at.get(tracked.index, len(self._events)) >= end
         return "activations" if outlives else "temporary"
 
-    def _see(self, tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _see(
+        self, tensor: Tensor, operation: _Operation, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
         storage = tensor.untyped_storage()
-        tracked = self._live.get(storage._cdata)
+        tracked = self._find(storage)
         if tracked is None:
-            self._poll()
-            tracked = self._track(storage, str(func))
+            self._bury()
+            tracked = self._track(storage, operation.name)
             # A view of, or a write to, something made outside is no allocation of this step.
-            if tracked is not None and any(
-                isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata == tracked.address
-                for leaf in tree_leaves((args, kwargs))
-            ):
-                tracked.role, tracked.op = "inputs", ""
+            if tracked is not None and operation.returns_inputs:
+                inputs = _tensors((*args, *kwargs.values()))
+                if any(each.untyped_storage()._cdata == tracked.address for each in inputs):
+                    tracked.role, tracked.op = "inputs", ""
         elif (size := self._rounded(storage.nbytes())) != tracked.size:
             self._events.append((tracked.index, size - tracked.size))
             tracked.size = size
+
+    def _find(self, storage: Any) -> _Tracked | None:
+        tracked = self._live.get(storage._cdata)
+        # The address may be that of one that died since the last allocation.
+        return None if tracked is None or tracked.dead else tracked
 
     def _track(self, storage: Any, op: str) -> _Tracked | None:
         size = self._rounded(storage.nbytes())
         if size == 0:
             return None
-        address: int = storage._weak_ref()
+        address: int = storage._cdata
         tracked = _Tracked(address, len(self._storages), size, op, self._phase or "")
         tracked.forward = self._in_forward
         if self._logits_from is not None and self._phase == "forward":
             tracked.role = "logits"
         self._storages.append(tracked)
         self._live[address] = tracked
-        self._mortal[address] = None
+        storage._peftlab_witness = _Witness(tracked, self._dead)
         self._events.append((tracked.index, size))
         return tracked
 
     def _rounded(self, size: int) -> int:
         return -(-size // self._granularity) * self._granularity
 
-    def _poll(self, everything: bool = False) -> None:
-        watched: Iterable[int] = self._live if everything else self._mortal
-        for address in [address for address in watched if _expired(address)]:
-            tracked = self._live.pop(address)
-            self._mortal.pop(address, None)
-            _free_weak_ref(address)
+    def _bury(self) -> None:
+        """Record what died since the last allocation."""
+        if not self._dead:
+            return
+        # In place: the witnesses hold this very list.
+        dead = sorted(self._dead, key=_index)
+        del self._dead[: len(dead)]
+        for tracked in dead:
             self._events.append((tracked.index, -tracked.size))
+            if self._live.get(tracked.address) is tracked:
+                del self._live[tracked.address]
 
     def _follow_recomputation(self) -> None:
         # Backward runs without autograd except where checkpointing repeats a forward.
@@ -219,7 +270,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._in_forward is None:
                 self._open_forward()
             else:
-                self._poll()
+                self._bury()
                 self._close_forward()
 
     def _open_forward(self) -> None:
@@ -230,3 +281,15 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._in_forward is not None:
             self._forward_ends[self._in_forward] = len(self._events)
             self._in_forward = None
+
+
+_index = attrgetter("index")
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among arguments or results, which nest in lists only."""
+    for value in values if isinstance(values, (list, tuple)) else ():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

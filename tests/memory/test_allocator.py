@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from peftlab.memory.allocator import CachingAllocator, reserved_bytes
+from peftlab.memory.allocator import CachingAllocator, cublas_workspaces, reserved_bytes
 from peftlab.memory.emulate import cuda_kernels
 from peftlab.memory.fake import fake_world
 from peftlab.memory.timeline import Timeline
@@ -50,6 +50,38 @@ def test_a_freed_block_is_used_again_and_a_larger_one_is_not_found() -> None:
     assert allocator.reserved_bytes == 30 * MIB
     allocator.allocate(32 * MIB)
     assert allocator.reserved_bytes == 62 * MIB
+
+
+def test_emptying_returns_whole_segments_only() -> None:
+    allocator = CachingAllocator()
+    whole, split = allocator.allocate(30 * MIB), allocator.allocate(12 * MIB)
+    rest = [allocator.allocate(2 * MIB) for _ in range(2)]  # of a segment of 20
+    allocator.release(whole)
+    allocator.release(rest[0])
+    allocator.empty_cache()
+    assert (allocator.reserved_bytes, allocator.peak_bytes) == (32 * MIB, 62 * MIB)
+    allocator.release(split)
+    allocator.release(rest[1])
+    allocator.empty_cache()
+    assert (allocator.reserved_bytes, allocator.peak_bytes) == (0, 62 * MIB)
+
+
+def test_replay_with_a_cache_emptied_before_the_step() -> None:
+    with Timeline() as timeline:
+        torch.empty(30 * MIB, dtype=torch.uint8)
+        timeline.begin()
+        torch.empty(40 * MIB, dtype=torch.uint8)
+    trace = timeline.trace()
+    assert reserved_bytes(trace, ()) == 70 * MIB
+    assert reserved_bytes(trace, (), emptied_before=True) == 40 * MIB
+
+
+def test_workspaces_by_architecture() -> None:
+    assert cublas_workspaces(None) == cublas_workspaces((8, 9)) == (8_519_680, 8_519_680)
+    assert cublas_workspaces((9, 0)) == cublas_workspaces((10, 0)) == (32 * MIB, 32 * MIB)
+    trace = trace_of(30 * MIB).trace()
+    assert reserved_bytes(trace, (32 * MIB, 32 * MIB)) == 94 * MIB
+    assert reserved_bytes(trace, cublas_workspaces(None)) == 50 * MIB  # both in one of 20 MiB
 
 
 def test_replay_of_a_trace() -> None:

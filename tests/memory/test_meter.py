@@ -234,6 +234,63 @@ def test_freed_in_order_and_nothing_kept_alive() -> None:
     assert {s.role for s in trace.storages} == {"temporary"}
 
 
+def test_a_step_costs_the_same_however_much_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = Timeline._bury
+
+    def bury(timeline: Timeline) -> None:
+        seen.append(len(timeline._dead))
+        original(timeline)
+
+    monkeypatch.setattr(Timeline, "_bury", bury)
+    with Timeline() as timeline:
+        timeline.begin()
+        with timeline.phase("forward"):
+            held = [torch.ones(5) for _ in range(200)]
+            seen.clear()
+            for _ in range(10):
+                torch.ones(7)
+        del held
+    assert seen[:10] == [0] + [1] * 9
+    events = timeline.trace().events
+    assert events[200:220] == tuple((200 + i // 2, 28 if i % 2 == 0 else -28) for i in range(20))
+
+
+def test_an_address_used_again_is_another_storage() -> None:
+    with Timeline() as timeline:
+        timeline.begin()
+        with timeline.phase("forward"):
+            for _ in range(50):
+                # The allocator hands the same address out again and again.
+                torch.ones(64).view(8, 8).add_(1)
+    changes = [change for _, change in timeline.trace().events]
+    assert changes == [256, -256] * 50
+    assert {storage.role for storage in timeline.trace().storages} == {"temporary"}
+
+
+def test_storages_saved_by_autograd_die_when_it_lets_go() -> None:
+    weight = torch.ones(10, requires_grad=True)
+    with Timeline() as timeline:
+        timeline.adopt([weight], "weights")
+        timeline.begin()
+        with timeline.phase("forward"):
+            loss = (weight * 2).sin().sum()
+        with timeline.phase("backward"):
+            loss.backward()
+        del loss
+    live = timeline.trace().live_bytes()
+    marks = timeline.trace().marks()
+    assert marks.forward_end_bytes == 40 + 40 + 4  # the weight, sin's input, the loss
+    assert live[-1] == 2 * 40  # the weight and its gradient
+
+
+def test_one_timeline_at_a_time() -> None:
+    with Timeline(), pytest.raises(RuntimeError, match="one timeline"), Timeline():
+        pass
+    with Timeline() as timeline:
+        timeline.begin()
+
+
 def test_resizing_is_seen() -> None:
     with Timeline() as timeline:
         timeline.begin()

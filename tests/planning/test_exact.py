@@ -10,6 +10,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
+from peftlab.errors import IncompatibleError
 from peftlab.methods import METHODS
 from peftlab.models.config import PrecisionConfig
 from peftlab.models.tiny import tiny_config
@@ -27,6 +28,7 @@ LORA_QV = {"kind": "lora", "r": 4, "target_modules": "attention-qv"}
 PREFIX = {"kind": "ptuning_v2", "num_virtual_tokens": 4}
 PROJECTED = {**PREFIX, "prefix_projection": True}
 BITFIT = {"kind": "bitfit"}
+SELECTIVE = TrainConfig(gradient_checkpointing="selective")
 
 
 def request_of(
@@ -52,6 +54,7 @@ def request_of(
 CASES = [
     ("bert", "classification", FULL, {}),
     ("bert", "classification", FULL, {"train": TrainConfig(gradient_checkpointing=True)}),
+    ("bert", "classification", FULL, {"train": TrainConfig(skip_unread_positions=False)}),
     ("bert", "classification", TOP, {}),
     ("bert", "classification", LORA, {}),
     ("bert", "classification", PREFIX, {}),
@@ -69,6 +72,11 @@ CASES = [
     ("qwen2", "causal_lm", LORA, {"precision": PrecisionConfig(dtype="bfloat16")}),
     ("llama", "causal_lm", LORA, {"precision": PrecisionConfig(bf16=True)}),
     ("t5", "classification", LORA, {}),
+    ("bert", "classification", FULL, {"train": SELECTIVE}),
+    ("bert", "classification", PREFIX, {"train": SELECTIVE}),
+    ("gpt2", "causal_lm", {**LORA, "lora_dropout": 0.1}, {"train": SELECTIVE}),
+    ("llama", "causal_lm", LORA, {"train": SELECTIVE, "precision": PrecisionConfig(bf16=True)}),
+    ("t5", "classification", TOP, {"train": SELECTIVE}),
     ("llama", "causal_lm", LORA, {"precision": PrecisionConfig(quantization="nf4")}),
     ("gpt2", "causal_lm", PREFIX, {"precision": PrecisionConfig(quantization="nf4")}),
     ("bert", "classification", LORA, {"precision": PrecisionConfig(quantization="int8")}),
@@ -87,6 +95,44 @@ def test_every_event_as_in_a_real_step(
     assert (planned.params, planned.saved_bytes) == (real.params, real.saved_bytes)
     assert planned.flops == real.flops > 0
     assert planned.notes == real.notes
+
+
+@pytest.mark.parametrize("train", [TrainConfig(), SELECTIVE], ids=["keep", "selective"])
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_with_dropout(architecture: str, train: TrainConfig) -> None:
+    method = {**LORA, "lora_dropout": 0.1}
+    request = request_of(architecture, "classification", method, train=train)
+    rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "attn_pdrop")
+    request.config.update({rate: 0.1 for rate in rates if hasattr(request.config, rate)})
+    assert simulate(request).trace.events == measure(request).trace.events
+
+
+EARLY = {"optimizer_in_backward": True, "max_grad_norm": None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_updates_in_backward(checkpointing: bool) -> None:
+    train = TrainConfig(gradient_checkpointing=checkpointing)
+    late = request_of("llama", "causal_lm", FULL, train=train, lengths=(4,))
+    early = replace(late, optim=OptimConfig(learning_rate=1e-3, **EARLY))
+    planned, real = simulate(early), measure(early)
+    assert planned.trace.events == real.trace.events
+    parts, usual = planned.trace.breakdown(), simulate(late).trace.breakdown()
+    assert parts.gradients_bytes < usual.gradients_bytes / 4
+    assert parts.peak_bytes < usual.peak_bytes - usual.gradients_bytes / 2
+
+
+def test_a_compiled_model_is_not_planned() -> None:
+    request = request_of("bert", "classification", FULL).with_train(torch_compile=True)
+    with pytest.raises(IncompatibleError, match=r"torch_compile.*cannot be planned"):
+        simulate(request)
+
+
+def test_unread_positions_cost_nothing() -> None:
+    request = request_of("bert", "classification", FULL)
+    skipped, plain = simulate(request), simulate(request.with_train(skip_unread_positions=False))
+    assert skipped.flops < plain.flops
+    assert skipped.trace.breakdown().peak_bytes < plain.trace.breakdown().peak_bytes
 
 
 @pytest.mark.parametrize("precision", [PrecisionConfig(), PrecisionConfig(bf16=True)])
