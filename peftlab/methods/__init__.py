@@ -8,5 +8,5 @@ from peftlab.methods.base import Method
 from peftlab.registry import Registry
 
 METHODS: Registry[type[Method[Any]]] = Registry(
-    "method", __name__, "METHOD", helpers={"base", "peft_backed"}
+    "method", __name__, "METHOD", helpers={"base", "fused_lora", "peft_backed"}
 )

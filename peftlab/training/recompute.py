@@ -1,10 +1,10 @@
 """Memory for time: what backward needs is computed again instead of kept.
 
-``selective`` keeps what linear layers and fused attention made, and computes again what follows from
-it at little cost: activations, norms, casts, gates, the probabilities of attention that is not
-fused. Dropout masks are kept as bits. Nothing is
-kept that was not before, nothing is drawn again, and the values are those of the first time, so
-losses and gradients are bitwise those of a run without it.
+``selective`` keeps what linear layers and fused attention made, and computes again what follows
+from it at little cost: activations, norms, casts, gates, the probabilities of attention that is not
+fused. Dropout masks are kept as bits. Nothing is kept that was not before, or a smaller tensor in
+its place; nothing is drawn again, and the values are those of the first time, so losses and
+gradients are bitwise those of a run without it.
 
 torch's selective checkpointing repeats whole blocks with the results of some operations in a cache.
 It draws dropout masks again, a fifth of a step on a CPU; keeps each product whether or not backward
@@ -31,7 +31,7 @@ _CHEAP = {
     for packet in (
         _aten.add, _aten.sub, _aten.mul, _aten.div, _aten.neg, _aten.pow, _aten._to_copy,
         _aten.gelu, _aten.silu, _aten.relu, _aten.tanh, _aten.sigmoid, _aten.native_layer_norm,
-        _aten.bmm, _aten._softmax, _aten._safe_softmax,
+        _aten.bmm, _aten._unsafe_view, _aten._softmax, _aten._safe_softmax,
     )
     for op in (getattr(packet, name) for name in packet.overloads())
     if not op._schema.is_mutable and ".out" not in str(op)
@@ -136,7 +136,10 @@ class _Again:
 
     def _make(self) -> Tensor:
         args = [_value(arg) for arg in self._args]
-        return _first(self._func(*args, **self._kwargs))
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        # What autocast cast is among the operations; backward may run inside of it.
+        with torch.autocast(device, enabled=False):
+            return _first(self._func(*args, **self._kwargs))
 
 
 class _Mask(_Again):

@@ -45,7 +45,7 @@ def test_same_as_peft(name: str, build: Build, batch: Batch) -> None:
     torch.manual_seed(3)
     theirs = peft.get_peft_model(other, config)
     torch.manual_seed(3)
-    ours = lora(r=4, lora_alpha=8, init_lora_weights=False).attach(base)
+    ours = lora(r=4, lora_alpha=8, init_lora_weights=False, fused=False).attach(base)
     # Modules are visited in the order of a set: give both the same numbers.
     ours.load_state_dict(theirs.state_dict())
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_targets(
     assert found == expected
     assert len(found) == count
     assert endings is None or {n.rpartition(".")[2] for n in found} == endings
-    assert method.notes == []
+    assert len(method.notes) == 1  # how many are fused
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_all_problems_at_once(build: Build) -> None:
 def test_a_dead_alternative_is_reported(build: Build) -> None:
     method = lora(target_modules=r".*(query|valeu)")
     method.attach(build("bert"))
-    assert method.notes == ["target_modules '.*(query|valeu)': 'valeu' matches nothing."]
+    assert method.notes[1:] == ["target_modules '.*(query|valeu)': 'valeu' matches nothing."]
 
 
 def test_trained_copies_count_as_what_they_copy(build: Build) -> None:

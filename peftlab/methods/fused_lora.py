@@ -1,0 +1,192 @@
+"""LoRA's linear layer as one autograd function: the input is kept once, the rest computed again.
+
+PEFT's own layer is a chain of operations. Each of them keeps what it reads: a copy of the input in
+the adapter's precision, the input after dropout, the dropout mask, the low-rank product; and each
+makes a result of its own. Here the layer keeps the tensor that it was given, which layers that read
+the same tensor share, and one bit per element where there is dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from peftlab.bits import pack_bits, unpack_bits
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """The layers that PEFT put an update on, of whichever kind."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def fuse_lora_layers(model: nn.Module) -> int:
+    """Give PEFT's LoRA linear layers the fused forward; parameters, names and files stay PEFT's.
+
+    Returns:
+        How many layers it applies to: updates of a plain linear matrix (``nn.Linear``, or GPT-2's
+        ``Conv1D``) without DoRA, other variants or a bias of their own. The others run PEFT's
+        forward, and so does a fused layer whenever its adapter is off, merged or one of several.
+    """
+    fused = 0
+    for layer in lora_layers(model):
+        if type(layer) is Linear and (name := _only_adapter(layer)) and _is_plain(layer, name):
+            layer.__class__ = FusedLinear
+            fused += 1
+    return fused
+
+
+class FusedLinear(Linear):  # type: ignore[misc]
+    """PEFT's layer with another forward. Made by ``fuse_lora_layers``, never constructed."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x``: (..., in) → (..., out)."""
+        name = _only_adapter(self)
+        if args or kwargs or name is None or not _is_plain(self, name):
+            out: Tensor = super().forward(x, *args, **kwargs)
+            return out
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        drops = isinstance(dropout, nn.Dropout) and dropout.training
+        settings = _Settings(self.scaling[name], dropout if drops else None, _autocast_dtype(x))
+        matrix = base.weight if isinstance(base, Conv1D) else base.weight.t()
+        fused: Tensor = _LoraLinear.apply(x, matrix, base.bias, a, b, settings)  # type: ignore[no-untyped-call]
+        return fused
+
+
+class _Settings(NamedTuple):
+    scaling: float
+    dropout: nn.Dropout | None
+    autocast: torch.dtype | None
+
+
+def _only_adapter(layer: Linear) -> str | None:
+    """The adapter that is to be added to the base layer's result, if it is exactly one."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    return active[0] if len(active) == 1 else None
+
+
+def _is_plain(layer: Linear, name: str) -> bool:
+    """Whether the layer is x W + bias + scaling · dropout(x) Aᵀ Bᵀ with W frozen, and no more."""
+    base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    return (
+        type(base) in (nn.Linear, Conv1D)
+        and not base.weight.requires_grad
+        and name not in layer.lora_variant
+        and not layer.lora_bias[name]
+        and layer.cast_input_dtype_enabled
+        and all(_calls_nothing_else(module) for module in (base, down, up))
+    )
+
+
+def _calls_nothing_else(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward alone: no hook, no patched forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    # Autocast leaves double precision alone.
+    if not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W + bias + s (x Aᵀ) Bᵀ, with W (in, out), A (r, in), B (out, r).
+
+    The update is computed in the adapter's precision, or autocast's, and added to the base layer's
+    result before that is rounded, as PEFT does. Gradients, with g for y's:
+    B: s gᵀ (x Aᵀ); A: s (g B)ᵀ x; x: g Wᵀ + s (g B) A. The product x Aᵀ is computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        settings: _Settings,
+    ) -> Tensor:
+        _, _, _, learns_a, learns_b, _ = ctx.needs_input_grad
+        autocast = settings.autocast
+        with torch.autocast(x.device.type, enabled=False):
+            rows, wide = _as(x.reshape(-1, x.shape[-1]), autocast), _as(matrix, autocast)
+            y = rows @ wide if bias is None else torch.addmm(_as(bias, autocast), rows, wide)
+            down, up = _as(a, autocast), _as(b, autocast)
+            rows, bits = rows.to(down.dtype), None
+            if settings.dropout is not None:
+                # The module itself draws, for as many elements in the same layout as in PEFT.
+                factors = settings.dropout(torch.ones_like(x, dtype=down.dtype))
+                rows, bits = rows * factors.reshape(rows.shape), pack_bits(factors != 0)
+            _add_product(y, rows @ down.t(), up.t(), settings.scaling)
+        ctx.settings, ctx.shape, ctx.x_dtype = settings, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x if learns_a or learns_b else None, matrix, a, b, bits)
+        # As matmul does: a view made in here could not be changed in place by its reader.
+        out: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, matrix, a, b, bits = ctx.saved_tensors
+        learns_x, _, learns_bias, learns_a, learns_b, _ = ctx.needs_input_grad
+        scaling, dropout, autocast = ctx.settings
+        grad_x = grad_bias = grad_a = grad_b = None
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.reshape(-1, grad.shape[-1])
+            down, up = _as(a, autocast), _as(b, autocast)
+            keep = None if bits is None else unpack_bits(bits, ctx.shape).view(-1, ctx.shape[-1])
+            if dropout is not None:
+                # What was not dropped is scaled once, with the update.
+                scaling /= 1 - dropout.p
+            into_update = grad.to(down.dtype)
+            into_product = into_update @ up
+            if x is not None:
+                rows = _as(x.reshape(-1, x.shape[-1]), autocast).to(down.dtype)
+                rows = rows if keep is None else rows * keep
+                if learns_a:
+                    grad_a = (into_product.t() @ rows).to(a.dtype).mul_(scaling)
+                if learns_b:
+                    # A tall result of few columns is the slower way round.
+                    transposed = (rows @ down.t()).t() @ into_update
+                    grad_b = transposed.t().to(b.dtype).mul(scaling)
+                del rows
+            del into_update
+            if learns_x:
+                grad_x = (grad @ _as(matrix, autocast).t()).to(ctx.x_dtype)
+                if keep is None:
+                    _add_product(grad_x, into_product, down, scaling)
+                else:
+                    grad_x.add_((into_product @ down).mul_(keep), alpha=scaling)
+                grad_x = grad_x.view(ctx.shape)
+            if learns_bias:
+                grad_bias = grad.sum(0).to(ctx.bias_dtype)
+        return grad_x, None, grad_bias, grad_a, grad_b, None
+
+
+def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """``total += scaling · left @ right``; in a narrower ``total``, rounded once."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=scaling)
+    else:
+        total.add_(left @ right, alpha=scaling)
