@@ -11,5 +11,16 @@ TASK_KINDS: Registry[type[TaskKind[Any]]] = Registry(
     "task kind",
     __name__,
     "TASK_KIND",
-    helpers={"base", "batches", "data", "embedded", "files", "metrics", "prompts", "sequence"},
+    helpers={
+        "base",
+        "batches",
+        "data",
+        "embedded",
+        "files",
+        "lm_loss",
+        "metrics",
+        "packing",
+        "prompts",
+        "sequence",
+    },
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -73,14 +72,25 @@ def test_what_does_not_fit_and_what_would(project: Write, call: Call) -> None:
         assert (again.code, again.json["fits"]) == (0, True)
 
 
-def test_a_config_alone_is_enough(bert_tiny: str, tmp_path: Path, write: Write, call: Call) -> None:
-    shutil.copy(Path(bert_tiny) / "config.json", tmp_path / "config.json")
+def test_a_config_alone_is_enough(whole: str, tmp_path: Path, write: Write, call: Call) -> None:
+    write("config.json", (Path(whole) / "config.json").read_text())
+    before = sorted(path.name for path in tmp_path.iterdir())
     by_file = call("plan", "-r", "lora", "--model", "config.json", *SHAPE, "--json")
-    by_name = call("plan", "-r", "lora", "--model", "bert-tiny", *SHAPE, "--json")
+    by_folder = call("plan", "-r", "lora", "--model", whole, *SHAPE, "--json")
     assert by_file.code == 0, by_file.err
-    assert by_file.json == by_name.json
+    assert by_file.json == by_folder.json
     assert by_file.json["batch_shape"] == [4, 12]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_a_checkpoint_lacks_is_planned_as_it_trains(project: Write, call: Call) -> None:
+    """BERT-Tiny's checkpoint has no pooler: it is drawn, and trains with the head."""
+    record = planned_run(call, "lora", "bert-tiny")
+    assert record.memory is not None
+    assert record.plan is not None
+    measured = record.memory.model_dump()
+    planned = record.plan["memory"]
+    assert {part: measured[part] for part in planned} == planned
 
 
 def test_several_recipes(project: Write, call: Call) -> None:
@@ -95,7 +105,7 @@ def test_several_recipes(project: Write, call: Call) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--recipe", "lora"), "--model, --task-kind, --batch-size, --seq-len must be given"),
+        (("--recipe", "lora"), "--batch-size, --seq-len or --length-distribution must"),
         (("films", "--recipe", "lora", "--task-kind", "classification"), "without a TASK"),
         (("films", "--recipe", "lroa"), "Did you mean 'lora'"),
         (("films", "--recipe", "lora", "--memory", "rtx409"), "Did you mean 'rtx4090'"),

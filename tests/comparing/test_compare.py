@@ -265,16 +265,16 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="needs process groups"
 )
 def test_ctrl_c_keeps_what_is_finished(task: Path, working_directory: Path) -> None:
-    def command(steps: int) -> list[str]:
+    def command(steps: int, seeds: int) -> list[str]:
         settings = [f"train.max_steps={steps}", *SETTINGS[1:]]
         options = [part for setting in settings for part in ("--set", setting)]
-        arguments = ["compare", str(task), "-r", "head-only,lora", "--seeds", "1", *options]
+        arguments = ["compare", str(task), "-r", "head-only,lora", "--seeds", str(seeds), *options]
         return [sys.executable, "-m", "peftlab", *arguments]
 
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    # So many steps that lora cannot be done before it is interrupted.
+    # So many steps that lora cannot be done before it is interrupted; head-only's process waits.
     process = subprocess.Popen(
-        command(120),
+        command(120, seeds=2),
         env=environment,
         start_new_session=True,
         # Whoever started these tests in the background may ignore SIGINT, and that is inherited.
@@ -300,7 +300,7 @@ def test_ctrl_c_keeps_what_is_finished(task: Path, working_directory: Path) -> N
     written = contents(kept.parent)
 
     done = subprocess.run(
-        command(120), env=environment, capture_output=True, text=True, check=False
+        command(120, seeds=1), env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert contents(kept.parent) == written

@@ -59,4 +59,5 @@ def test_attaches(path: Path, name: str, build: Callable[..., nn.Module]) -> Non
     assert problems == []
     attached = method.attach(model)
     assert any(parameter.requires_grad for parameter in attached.parameters())
-    assert method.notes == []
+    # What only says which layers run a faster forward is nothing to worry about.
+    assert [note for note in method.notes if "are fused" not in note] == []

@@ -204,12 +204,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 def test_tokens_weigh_the_same_however_they_are_batched(
     accumulation: int, assembled: Assembled, loop_of: Loops, sft_task: Path
 ) -> None:
+    # At 0.5 some weights grow a hundredfold in 4 steps, and their rounding with them.
     settings = (
         f"train.per_device_train_batch_size={16 // accumulation}",
         f"train.gradient_accumulation_steps={accumulation}",
         "train.max_steps=4",
         "optim.optim=sgd",
-        "optim.learning_rate=0.5",
+        "optim.learning_rate=0.1",
         "optim.lr_scheduler_type=constant",
         "optim.warmup_steps=0",
         "optim.max_grad_norm=null",
@@ -217,7 +218,7 @@ def test_tokens_weigh_the_same_however_they_are_batched(
     )
     loop, heard = loop_of(assembled("full", *settings, task=sft_task))
     reference = assembled("full", *settings, task=sft_task).model
-    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
     kind, job = loop.job.kind, loop.job
     expected = []
     for number in range(4):
