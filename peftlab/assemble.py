@@ -126,7 +126,7 @@ def assemble(
         raise IncompatibleError(problems)
     method = experiment.build_method()
     prepared = prepare(base, method, kind.traits, experiment.train)
-    if shared and not prepared.boundary.reaches_head:
+    if shared and not (prepared.boundary.reaches_head and shared.frozen_in(prepared.model)):
         shared.drop()
     return Assembly(
         experiment=experiment,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peftlab.config import display_path
 from peftlab.errors import Problem, RunFolderError
@@ -13,6 +14,10 @@ from peftlab.experiment.schema import Experiment
 from peftlab.experiment.store import read_experiment, write_experiment
 from peftlab.results.record import Record
 from peftlab.results.store import RECORD, read_record, run_dir
+from peftlab.tasks.base import Splits
+
+if TYPE_CHECKING:
+    from peftlab.sharing import Shared
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,20 @@ def train(
     return run_experiment(resolved.experiment, request or Request())
 
 
-def run_experiment(experiment: Experiment, request: Request) -> Run:
-    """As ``train``, for an experiment that is already resolved."""
+def run_experiment(
+    experiment: Experiment,
+    request: Request,
+    checked: Splits | None = None,
+    shared: Shared | None = None,
+) -> Run:
+    """As ``train``, for an experiment that is already resolved.
+
+    Args:
+        checked: its rows, where they are read and the method was checked against the model.
+        shared: by all runs of this process, which differ in seed and learning rate only.
+    """
     kind = experiment.build_kind()
-    splits = kind.read()
+    splits = checked or kind.read()
     if request.auto_batch_size:
         from peftlab.planning.batch_size import fit_batch_size
 
@@ -90,10 +105,11 @@ def run_experiment(experiment: Experiment, request: Request) -> Run:
     from peftlab.assemble import check_model
     from peftlab.execute import Execution
 
-    check_model(experiment, kind, splits)
+    if checked is None:
+        check_model(experiment, kind, splits)
     folder.mkdir(parents=True, exist_ok=True)
     write_experiment(folder, experiment, identity)
-    execution = Execution(experiment, kind, splits, identity, folder)
+    execution = Execution(experiment, kind, splits, identity, folder, shared)
     record = execution.run(request.resume, request.progress, request.command)
     return Run(folder, record)
 

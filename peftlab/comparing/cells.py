@@ -1,15 +1,22 @@
-"""One cell, one process: comparable peaks, and a crash costs a cell only."""
+"""One cell, one process: comparable peaks, and a crash costs a cell only.
+
+Where nothing but the head trains, a cell's process stays, with the base model, for the other seeds
+and learning rates of the same experiment.
+"""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from peftlab.errors import PeftlabError, Problem, UserError
 from peftlab.experiment.schema import Experiment
@@ -19,16 +26,22 @@ from peftlab.run import Request, Run, finished_run, run_experiment
 from peftlab.tasks.base import Splits
 from peftlab.tasks.metrics import METRICS
 
+if TYPE_CHECKING:
+    from peftlab.sharing import Shared
+
+_HELD_SHARE = 0.05
+"""The most of the free memory that a process which waits for its next cell may hold."""
 _WARM = "peftlab.comparing.warm"
 """What a fork server imports once, so that a cell starts in a fraction of a second."""
 
 
 class CellRunner:
-    """Runs cells below ``root``, each in a process of its own.
+    """Runs cells below ``root``, each in a process of its own or in one that stayed for it.
 
     Processes are forked from a server that has the libraries loaded but never computed anything;
     where the system has no fork server they are spawned. ``interrupted`` tells that the user
-    pressed Ctrl-C while a cell ran.
+    pressed Ctrl-C while a cell ran. To be used in a ``with`` statement, which ends the processes
+    that stayed.
     """
 
     def __init__(self, root: Path, *, force: bool, progress: bool, command: str) -> None:
@@ -37,11 +50,21 @@ class CellRunner:
         )
         self.interrupted = False
         self._splits: dict[str, Splits] = {}
+        self._staying: dict[str, Worker] = {}
+        self._alone: set[str] = set()
         self._context: BaseContext = multiprocessing.get_context("spawn")
         if "forkserver" in multiprocessing.get_all_start_methods():
             server = multiprocessing.get_context("forkserver")
             server.set_forkserver_preload([_WARM])
             self._context = server
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._staying.values():
+            worker.end()
+        self._staying.clear()
 
     def check(self, experiments: Iterable[Experiment]) -> None:
         """Check every method against its model, before the first cell starts.
@@ -91,8 +114,11 @@ class CellRunner:
             process.join()
         return answer
 
-    def run(self, experiment: Experiment) -> tuple[Record, Path]:
+    def run(self, experiment: Experiment, later: Iterable[Experiment] = ()) -> tuple[Record, Path]:
         """Run one cell, or take it as it is if it is finished; also a failed one has a record.
+
+        Args:
+            later: the cells that will be asked for after it; a process may stay for them.
 
         Raises:
             KeyboardInterrupt: the user stopped it before there was anything to record.
@@ -102,21 +128,49 @@ class CellRunner:
             return done.record, folder
         # Else an early death would leave the record of an earlier run for this one's.
         (folder / RECORD).unlink(missing_ok=True)
-        process = self._start(_cell, experiment, self._request)
-        try:
-            process.join()
-        except KeyboardInterrupt:
-            # The cell got the same signal and is writing its record.
-            self.interrupted = True
-            process.join()
+        exitcode = self._execute(experiment, later)
         if (folder / RECORD).exists():
             return read_record(folder), folder
         if self.interrupted:
             raise KeyboardInterrupt
-        record = self._lost(experiment, process.exitcode)
+        record = self._lost(experiment, exitcode)
         folder.mkdir(parents=True, exist_ok=True)
         write_record(folder, record)
         return record, folder
+
+    def _execute(self, experiment: Experiment, later: Iterable[Experiment]) -> int | None:
+        """Run it in the process that stayed for it, else in one of its own: the exit code."""
+        group = shared_by(experiment)
+        wanted = group not in self._alone and any(
+            shared_by(each) == group and self._finished(each) is None for each in later
+        )
+        worker = self._staying.pop(group, None)
+        if worker is None or not worker.send(experiment):
+            worker = self._new_worker(experiment, wanted)
+        try:
+            stays = worker.wait()
+        except KeyboardInterrupt:
+            # The cell got the same signal and is writing its record.
+            self.interrupted = True
+            stays = worker.wait()
+        if stays and wanted:
+            self._staying[group] = worker
+            return None
+        if stays:
+            worker.end()
+        elif wanted:
+            # It may not share, or it failed: then the others shall not suffer from its state.
+            self._alone.add(group)
+        return worker.process.exitcode
+
+    def _new_worker(self, experiment: Experiment, wanted: bool) -> Worker:
+        splits = self._read(experiment)
+        if not wanted:
+            return Worker(self._start(_cell, experiment, self._request, splits), None)
+        ours, theirs = self._context.Pipe()
+        process = self._start(_cell, experiment, self._request, splits, theirs)
+        theirs.close()
+        return Worker(process, ours)
 
     def _start(self, target: object, *arguments: object) -> BaseProcess:
         process = self._context.Process(target=target, args=arguments)  # type: ignore[attr-defined]
@@ -169,15 +223,91 @@ class CellRunner:
         )
 
 
-def _cell(experiment: Experiment, request: Request) -> None:
+@dataclass(frozen=True)
+class Worker:
+    """A cell's process; ``connection`` where it may stay for others."""
+
+    process: BaseProcess
+    connection: Connection | None
+
+    def send(self, experiment: Experiment) -> bool:
+        """Let it run another cell; False if it is gone."""
+        assert self.connection is not None
+        try:
+            self.connection.send(experiment)
+            self.connection.recv()
+        except (OSError, EOFError):
+            self.end()
+            return False
+        return True
+
+    def wait(self) -> bool:
+        """Wait until its cell is done; whether the process stays."""
+        if self.connection is not None:
+            try:
+                self.connection.recv()
+                return True
+            except (OSError, EOFError):
+                pass
+        self.process.join()
+        return False
+
+    def end(self) -> None:
+        """Tell it that nothing comes any more."""
+        if self.connection is not None:
+            self.connection.close()
+        self.process.join()
+
+
+def shared_by(experiment: Experiment) -> str:
+    """The same text for the cells that differ in seed and learning rate only."""
+    content = experiment.model_dump(mode="json", exclude={"recipe", "seed"})
+    content["optim"].pop("learning_rate")
+    return json.dumps(content, sort_keys=True)
+
+
+def _cell(
+    experiment: Experiment,
+    request: Request,
+    splits: Splits,
+    connection: Connection | None = None,
+) -> None:
     """What a cell's process does; errors are in its record."""
+    from peftlab.models.shared import SharedModel
+    from peftlab.sharing import Shared
+
+    shared = Shared(model=SharedModel()) if connection else None
     try:
-        run_experiment(experiment, request)
+        following: Experiment | None = experiment
+        while following is not None:
+            run_experiment(following, request, splits, shared)
+            following = _following(connection) if shared and _may_stay(shared) else None
     except KeyboardInterrupt:
         sys.exit(130)
     except PeftlabError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _following(connection: Connection | None) -> Experiment | None:
+    """The next cell for this process, None if there is none."""
+    if connection is None:
+        return None
+    try:
+        connection.send("done")
+        experiment: Experiment = connection.recv()
+        connection.send("started")
+    except (OSError, EOFError):
+        return None
+    return experiment
+
+
+def _may_stay(shared: Shared) -> bool:
+    """Whether what it keeps is worth keeping, and little: others need the memory meanwhile."""
+    import psutil
+
+    held = shared.model.nbytes if shared.model else 0
+    return 0 < held <= psutil.virtual_memory().available * _HELD_SHARE
 
 
 def _check(experiments: list[Experiment], sender: object) -> None:

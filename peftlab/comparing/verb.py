@@ -71,24 +71,24 @@ def compare(
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     _check_request(recipes, chosen)
     experiments = _resolve_all(task, recipes, chosen, model, tuple(overrides))
-    runner = CellRunner(root, force=force, progress=progress, command=command)
-    runner.check([experiment for experiment in experiments if experiment.seed == chosen[0]])
-    if auto_batch_size:
-        experiments = runner.fit_batch_sizes(experiments, memory_bytes)
     records: list[tuple[Record, Path]] = []
     interrupted = False
-    try:
-        for position, experiment in enumerate(experiments, start=1):
-            record, folder = runner.run(experiment)
-            records.append((record, folder))
-            if progress:
-                print(f"[{position}/{len(experiments)}] {_line(record)}", file=sys.stderr)
-            if runner.interrupted or record.status == "interrupted":
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        if not any(record.status != "interrupted" for record, _ in records):
-            raise
-        interrupted = True
+    with CellRunner(root, force=force, progress=progress, command=command) as runner:
+        runner.check([experiment for experiment in experiments if experiment.seed == chosen[0]])
+        if auto_batch_size:
+            experiments = runner.fit_batch_sizes(experiments, memory_bytes)
+        try:
+            for position, experiment in enumerate(experiments, start=1):
+                record, folder = runner.run(experiment, experiments[position:])
+                records.append((record, folder))
+                if progress:
+                    print(f"[{position}/{len(experiments)}] {_line(record)}", file=sys.stderr)
+                if runner.interrupted or record.status == "interrupted":
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if not any(record.status != "interrupted" for record, _ in records):
+                raise
+            interrupted = True
     return _conclude(records, root, command, interrupted)
 
 

@@ -1,5 +1,6 @@
 """Imported by the fork server: the libraries that every cell needs, and nothing that computes."""
 
+import gc
 import sys
 
 try:
@@ -8,6 +9,10 @@ try:
     import transformers  # noqa: F401
 
     import peftlab.execute  # noqa: F401
+
+    # None of it goes away: a cell that collects garbage need not look through it, nor copy it.
+    gc.collect()
+    gc.freeze()
 except KeyboardInterrupt:
     # Who started the server heard it too, and answers.
     sys.exit(130)

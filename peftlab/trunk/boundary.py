@@ -34,8 +34,8 @@ class Boundary:
 
     @property
     def reaches_head(self) -> bool:
-        """Whether nothing but the head trains."""
-        return self.whole
+        """Whether all blocks lie below the line: nothing but the head and a pooler train."""
+        return self.depth == len(self.blocks)
 
 
 @dataclass(frozen=True)
