@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from peftlab.methods.lora import Lora, LoraConfig
+from peftlab.models.dropout import draw_dropout_fast
 from peftlab.models.quiet import quiet_transformers
 
 BAR = 0.9
@@ -42,7 +43,10 @@ def build(fused: bool, section: dict[str, Any], dtype: torch.dtype = torch.float
     torch.manual_seed(0)
     with quiet_transformers():
         model = transformers.BertForSequenceClassification(config).to(dtype)
-    return Lora(LoraConfig(fused=fused, **section)).attach(model).train()
+    attached = Lora(LoraConfig(fused=fused, **section)).attach(model).train()
+    # As in a run, for both: how masks are drawn is not what is compared.
+    draw_dropout_fast(attached)
+    return attached
 
 
 def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:

@@ -3,7 +3,7 @@
 PEFT's own layer is a chain of operations. Each of them keeps what it reads: a copy of the input in
 the adapter's precision, the input after dropout, the dropout mask, the low-rank product; and each
 makes a result of its own. Here the layer keeps the tensor that it was given, which layers that read
-the same tensor share, and one bit per element where there is dropout.
+the same tensor share, and one byte per element where there is dropout.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
-
-from peftlab.bits import pack_bits, unpack_bits
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -128,15 +126,16 @@ class _LoraLinear(torch.autograd.Function):
             rows, wide = _as(x.reshape(-1, x.shape[-1]), autocast), _as(matrix, autocast)
             y = rows @ wide if bias is None else torch.addmm(_as(bias, autocast), rows, wide)
             down, up = _as(a, autocast), _as(b, autocast)
-            rows, bits = rows.to(down.dtype), None
+            rows, keep = rows.to(down.dtype), None
             if settings.dropout is not None:
                 # The module itself draws, for as many elements in the same layout as in PEFT.
                 factors = settings.dropout(torch.ones_like(x, dtype=down.dtype))
-                rows, bits = rows * factors.reshape(rows.shape), pack_bits(factors != 0)
+                # Bits would be an eighth of these bytes, and on a CPU as slow as a product.
+                rows, keep = rows * factors.reshape(rows.shape), factors != 0
             _add_product(y, rows @ down.t(), up.t(), settings.scaling)
         ctx.settings, ctx.shape, ctx.x_dtype = settings, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x if learns_a or learns_b else None, matrix, a, b, bits)
+        ctx.save_for_backward(x if learns_a or learns_b else None, matrix, a, b, keep)
         # As matmul does: a view made in here could not be changed in place by its reader.
         out: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
         return out
@@ -144,15 +143,15 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, matrix, a, b, bits = ctx.saved_tensors
+        x, matrix, a, b, keep = ctx.saved_tensors
         learns_x, _, learns_bias, learns_a, learns_b, _ = ctx.needs_input_grad
         scaling, dropout, autocast = ctx.settings
         grad_x = grad_bias = grad_a = grad_b = None
         with torch.autocast(grad.device.type, enabled=False):
             grad = grad.reshape(-1, grad.shape[-1])
             down, up = _as(a, autocast), _as(b, autocast)
-            keep = None if bits is None else unpack_bits(bits, ctx.shape).view(-1, ctx.shape[-1])
             if dropout is not None:
+                keep = keep.reshape(-1, ctx.shape[-1])
                 # What was not dropped is scaled once, with the update.
                 scaling /= 1 - dropout.p
             into_update = grad.to(down.dtype)

@@ -307,9 +307,7 @@ def fill_batches(
     return batches
 
 
-def too_large(
-    form: Form, setting: str, half: bool, lengths: Sequence[int], later_rows: int
-) -> str:
+def too_large(form: Form, setting: str, half: bool, lengths: Sequence[int], later_rows: int) -> str:
     """Why a run's rows may not be kept, empty if they may.
 
     Args:
