@@ -80,6 +80,14 @@ def check(
                 "Use bfloat16, or float32 with fp16: true.",
             )
         )
+    if train.torch_compile and train.gradient_checkpointing == "selective":
+        problems.append(
+            Problem(
+                at("train", "gradient_checkpointing"),
+                "'selective' reads single operations, which a compiled block does not show.",
+                "Use false or true, or leave torch_compile off.",
+            )
+        )
     if experiment.optim.optimizer_in_backward:
         obstacles = (
             (train.gradient_accumulation_steps > 1, ("train", "gradient_accumulation_steps"), "1"),

@@ -217,6 +217,16 @@ def test_what_updates_in_backward_do_not_go_with() -> None:
     assert resolve("movie-sentiment", "full", overrides=fine).experiment.optim
 
 
+def test_selective_recomputation_and_compilation_exclude_each_other() -> None:
+    selective = "train.gradient_checkpointing=selective"
+    (found,) = _problems(
+        "movie-sentiment", "full", overrides=[selective, "train.torch_compile=true"]
+    )
+    assert found.startswith(f"--set {selective}: 'selective' reads single operations")
+    whole = ["train.gradient_checkpointing=true", "train.torch_compile=true"]
+    assert resolve("movie-sentiment", "full", overrides=whole).experiment.train
+
+
 def test_a_combination_that_is_fine_is_left_alone() -> None:
     overrides = ["train.gradient_checkpointing=true", "precision.quantization=nf4"]
     assert resolve("movie-sentiment", "lora", overrides=overrides).experiment.train
