@@ -54,7 +54,7 @@ class Loop:
         self.scheduler = build_scheduler(optimizer, job.optim, self.total_steps)
         self.guard = LearningGuard(self.model)
         if job.optim.optimizer_in_backward:
-            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
             update_in_backward(optimizer, lambda p: self.guard.observe_parameter(names[p], p))
         self.state = TrainingState(
             job.method, job.model, self.optimizer, self.scheduler, accelerator.scaler, self.guard
