@@ -20,13 +20,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pages import write_section
+
 MIB = 2**20
 CASES = (
     ("movie-sentiment", "full"),
     ("movie-sentiment", "lora"),
     ("movie-sentiment", "freeze-top2"),
-    ("movie-sentiment-sft", "full"),
     ("movie-sentiment-sft", "lora"),
+    ("movie-sentiment-sft", "full"),
     ("movie-sentiment-sft", "freeze-top2"),
 )
 ROWS = 256
@@ -228,12 +230,10 @@ def main() -> int:
             in_a_process(task, recipe),
             in_a_process(task, recipe, MALLOC_MMAP_THRESHOLD_="65536"),
         ))  # fmt: skip
-    text = page(cases)
-    print(text)
-    if arguments.write:
-        from pages import write_section
-
-        write_section(arguments.write, "process", text)
+        # After each case: an interrupted call leaves what it finished.
+        if arguments.write:
+            write_section(arguments.write, "process", page(cases))
+    print(page(cases))
     return 0
 
 
