@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, anatomy: Anatomy
+    model: nn.Module, config: OptimConfig, anatomy: Anatomy, planned_for: str | None = None
 ) -> tuple[Optimizer, list[str]]:
     """The optimizer over the parameters that train, and notes for the run's record.
+
+    Args:
+        planned_for: the device type that the model's tensors stand for, if it is not theirs.
 
     Raises:
         IncompatibleError: nothing trains.
@@ -44,7 +47,9 @@ def build_optimizer(
     if info.paged and not on_cuda:
         # Else bitsandbytes does the same, with a warning in the first step.
         optimizer.is_paged = False
-        notes.append(f"{config.optim}: paging needs CUDA; the state is not paged here")
+        here = "paging needs CUDA; the state is not paged here"
+        there = "planned with all of its state on the device, none of it paged out"
+        notes.append(f"{config.optim}: {there if planned_for == 'cuda' else here}")
     return optimizer, notes
 
 

@@ -165,7 +165,7 @@ def _two_steps(
     prepared = prepare(base, request.method, request.kind.traits, request.train)
     model = prepared.model
     saved_bytes = sum(t.nbytes for t in request.method.adapter_state(model).values())
-    optimizer, notes = build_optimizer(model, request.optim, prepared.anatomy)
+    optimizer, notes = build_optimizer(model, request.optim, prepared.anatomy, request.device)
     if request.optim.optimizer_in_backward:
         update_in_backward(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]

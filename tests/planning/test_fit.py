@@ -120,3 +120,11 @@ def test_memory_is_a_size_or_a_card() -> None:
     assert memory_of("24GiB") == 24 * GIB > memory_of("RTX 4090")
     with pytest.raises(ConfigError, match="rtx4090"):
         memory_of("rtx4099")
+
+
+def test_a_paged_optimizer_is_planned_unpaged_and_says_so() -> None:
+    paged = OptimConfig(learning_rate=1e-3, optim="paged_adamw_8bit")
+    request = request_of(FULL, optim=paged)
+    (cpu,), (cuda,) = answer(request).notes, answer(replace(request, device="cuda")).notes
+    assert "paging needs CUDA" in cpu
+    assert "none of it paged out" in cuda
