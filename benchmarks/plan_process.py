@@ -158,7 +158,7 @@ def page(cases: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, A
     what = (
         "The embedded models with their real weights on their tasks, the largest batch of "
         f"{ROWS} training rows, fp32; MiB. `python benchmarks/plan_process.py --write "
-        "docs/plan-accuracy.md` with `OMP_NUM_THREADS=1`. The peak by part, planned / measured:"
+        "docs/plan-accuracy.md`. The peak by part, planned / measured:"
     )
     lines = [
         what,
