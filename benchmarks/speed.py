@@ -192,6 +192,7 @@ def _comparison(setting: dict[str, Any], cached: bool) -> dict[str, Any]:
             "train_seconds": cell["speed"]["train_seconds"],
             "eval_seconds": cell["speed"]["eval_seconds"],
             "load_seconds": cell["speed"]["load_seconds"],
+            "train_flops": cell["speed"]["train_flops"],
             "metric": cell["metrics"][cell["metric"]],
         }
         for cell in comparison["cells"]

@@ -60,7 +60,9 @@ GROWTH = """## How the cost of a comparison grows
 The wall time of a whole `peftlab compare`, from the start of Python to its end: loading, planning,
 an evaluation each epoch and the test of every cell. Once with the cache of the frozen trunk, which
 is empty at the start, and once with `--set train.trunk_cache=off`; a ratio is without ÷ with.
-Times of training and evaluation are sums over the cells.
+Times of training and evaluation are sums over the cells. *Arithmetic* is the floating-point
+operations of training, counted, filling the cache included: the ratio that training would come to
+if nothing but matrix products took time.
 """
 
 
@@ -73,7 +75,9 @@ def page(content: Mapping[str, Any], results: Path) -> str:
     ran = _ran_on(content["environment"])
     parts = [HEAD]
     for setting, pairs in _by_setting(content["pairs"]):
-        parts += [_heading(setting), _shell(_pairs_command(setting, pairs, results))]
+        alike = _by_peers(pairs)
+        commands = [_pairs_command(setting, group, results) for group in alike]
+        parts += [_heading(setting), _shell(*commands)]
         parts += [f"{ran} {_commits(pairs)}\n", TIME, _time(pairs), MEMORY, _memory(pairs)]
         parts += [QUALITY, _quality(pairs)]
     if content["growth"]:
@@ -91,6 +95,14 @@ def _by_setting(entries: Sequence[Entry]) -> Iterator[tuple[Entry, list[Entry]]]
         groups.setdefault(json.dumps(entry["setting"]), []).append(entry)
     for setting, group in groups.items():
         yield json.loads(setting), group
+
+
+def _by_peers(pairs: Sequence[Entry]) -> list[list[Entry]]:
+    """Entries with the same sides: those of one command."""
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in pairs:
+        groups.setdefault(tuple(_peers([entry])), []).append(entry)
+    return list(groups.values())
 
 
 def _heading(setting: Entry) -> str:
@@ -163,8 +175,8 @@ def _difference(entries: Sequence[Entry], peer: str) -> str:
 def _growth(settings: Sequence[tuple[Entry, list[Entry]]]) -> str:
     measures: dict[str, Callable[[Entry], float]] = {
         "the whole command": lambda side: side["wall_seconds"],
-        "training": lambda side: _seconds(side, "train_seconds"),
-        "training and evaluation": lambda side: _seconds(side, "train_seconds", "eval_seconds"),
+        "training": lambda side: _sum(side, "train_seconds"),
+        "training and evaluation": lambda side: _sum(side, "train_seconds", "eval_seconds"),
     }
     rows = []
     for setting, entries in settings:
@@ -176,11 +188,15 @@ def _growth(settings: Sequence[tuple[Entry, list[Entry]]]) -> str:
             ratios = [without / with_it for with_it, without in zip(cached, uncached, strict=True)]
             medians = [_median(values, "{:.1f}") for values in (cached, uncached)]
             rows.append([*what, str(len(entries)), name, *medians, _ratios(ratios)])
+        first = entries[0]
+        flops = [_sum(first[side], "train_flops") for side in ("cached", "uncached")]
+        amounts = [f"{amount / 1e12:.1f} TFLOP" for amount in flops]
+        rows.append([*what, "", "arithmetic", *amounts, _ratios([flops[1] / flops[0]])])
     head = ["recipes", "seeds", "epochs", "pairs", "time of", "cached, s", "uncached, s", "ratio"]
     return _table(head, rows)
 
 
-def _seconds(side: Entry, *names: str) -> float:
+def _sum(side: Entry, *names: str) -> float:
     return math.fsum(cell[name] for cell in side["cells"] for name in names)
 
 

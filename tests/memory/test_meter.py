@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -21,6 +25,8 @@ from peftlab.memory.meter import (
     step_meter,
 )
 from peftlab.memory.timeline import Timeline
+from peftlab.models.quiet import quiet_transformers
+from peftlab.models.tiny import tiny_config
 
 WIDTH, BATCH, CLASSES = 32, 8, 5
 
@@ -181,6 +187,42 @@ def test_measuring_changes_no_number() -> None:
             train_step(meter, model, optimizer, [tiny_batch()])
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def peak_without_observer(step: Callable[[], None]) -> int:
+    """The most bytes above those at the start, by the CPU allocator's own events."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(accumulate(change for _, change in sorted(changes, key=itemgetter(0))))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ["bert", "llama", "qwen2"])
+def test_a_step_allocates_the_same_when_nobody_looks(architecture: str, tied: bool) -> None:
+    """A dispatch mode could change what autograd does in place; it does not."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(architecture)
+    config.tie_word_embeddings, config.is_decoder = tied, True
+    torch.manual_seed(0)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    meter = TimelineMeter()
+
+    def step(meter: TimelineMeter | NullMeter) -> None:
+        train_step(meter, model, optimizer, [tiny_batch()])
+
+    for each in (NullMeter(), meter):
+        step(each)
+        # The allocator's events do not tell how large a block was that is older than they are.
+        optimizer.zero_grad()
+    result = meter.result()
+    above = result.breakdown.peak_bytes - result.marks.start_bytes
+    inputs = 2 * 3 * 16 * 8
+    assert peak_without_observer(partial(step, NullMeter())) == above + inputs
 
 
 def test_eight_bit_state_is_optimizer_memory() -> None:
