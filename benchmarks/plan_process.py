@@ -205,6 +205,7 @@ def page(cases: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, A
 - *allocator*: what glibc's malloc kept of freed tensors and could not use again: the same step with
   `MALLOC_MMAP_THRESHOLD_=65536`, where every larger block is mapped and given back on its own,
   needs that much less. A plan for CUDA replays its allocator; one for CPU counts tensors alone.
+  These processes have glibc's own limits; a run's are [higher](decisions/host-allocator.md).
 - *rest*: code of kernels that ran for the first time, their packing buffers (oneDNN, MKL), threads,
   Python objects of the graph, and the noise between the two processes.
 - A run plans first, in the same process, and that stays resident: {planning} (reading and encoding

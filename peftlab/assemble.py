@@ -13,6 +13,7 @@ from peftlab.anatomy import Anatomy, parameter_roles
 from peftlab.errors import IncompatibleError, Problem
 from peftlab.experiment.schema import Experiment
 from peftlab.methods.base import Method
+from peftlab.models.attention import draw_attention_dropout_fast
 from peftlab.models.dropout import draw_dropout_fast
 from peftlab.models.load import build_from_config, load_config, load_model, load_tokenizer
 from peftlab.models.pooled import skip_unread_positions
@@ -179,6 +180,7 @@ def prepare(
         enable_checkpointing(base, train.gradient_checkpointing)
     model = method.attach(base)
     draw_dropout_fast(model)
+    draw_attention_dropout_fast(model)
     if train.skip_unread_positions:
         skip_unread_positions(base, anatomy)
     trunk = [] if train.trunk_dropout else frozen_trunk(model, candidates, above)

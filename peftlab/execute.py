@@ -24,6 +24,7 @@ from peftlab.errors import DivergedError, IncompatibleError, Problem, RunError
 from peftlab.experiment.schema import Experiment
 from peftlab.files import replace_folder, write_json, write_text
 from peftlab.memory.flops import count_flops
+from peftlab.memory.host_allocator import keep_freed_memory, return_freed_memory
 from peftlab.memory.meter import available_bytes, process_peak_bytes
 from peftlab.planning.experiment import plan_experiment
 from peftlab.results.record import CurvePoint, Memory, PhaseMarks, Record, Speed, Status
@@ -80,6 +81,8 @@ class Execution:
             log_with=list(train.report_to) or None,
             project_dir=str(self.folder),
         )
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         _refuse_sharding(accelerator)
         _refuse_early_updates(accelerator, self.experiment)
         if accelerator.is_main_process:
@@ -106,6 +109,7 @@ class Execution:
             accelerator.free_memory()
             AcceleratorState._reset_state()
             GradientState._reset_state()
+            return_freed_memory()
         record = self._record("ok", None)
         if accelerator.is_main_process:
             (self.folder / ERROR).unlink(missing_ok=True)

@@ -120,6 +120,7 @@ def content(speed: ModuleType) -> dict[str, Any]:
                     "seed": seed,
                     "metric": 0.5,
                     "train_seconds": seconds / 4,
+                    "train_flops": seconds * 1e12,
                     "eval_seconds": 0.5,
                 }
                 for seed in range(2)
@@ -147,6 +148,7 @@ def test_the_pages_figures(speed: ModuleType) -> None:
     assert "2 cores of a box, torch threads: 2" in page
     assert "Source: abc+." in page
     assert "| head-only | 2 | 5 | 1 | the whole command | 2.0 | 9.0 | **4.50** |" in page
+    assert "| head-only | 2 | 5 |  | arithmetic | 4.0 TFLOP | 18.0 TFLOP | **4.50** |" in page
     assert "| training | 1.0 | 4.5 | **4.50** |" in page
     assert "| training and evaluation | 2.0 | 5.5 | **2.75** |" in page
     assert "| head-only | cached | 0.50 | 0.50 | 0.5000 ± 0.0000 |" in page

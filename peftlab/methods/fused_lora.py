@@ -1,19 +1,24 @@
-"""LoRA's linear layer as one autograd function: the input is kept once, the rest computed again.
+"""LoRA's linear layer as one autograd function: the input is kept once, its copies made again.
 
 PEFT's own layer is a chain of operations. Each of them keeps what it reads: a copy of the input in
 the adapter's precision, the input after dropout, the dropout mask, the low-rank product; and each
 makes a result of its own. Here the layer keeps the tensor that it was given, which layers that read
-the same tensor share, and one byte per element where there is dropout.
+the same tensor share, and one byte per element where there is dropout; on a CPU also the low-rank
+product, whose few columns cost as long to compute as to read the input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 
@@ -38,6 +43,14 @@ def fuse_lora_layers(model: nn.Module) -> int:
     return fused
 
 
+@contextmanager
+def cuda_layers() -> Iterator[None]:
+    """Inside, tensors on the CPU stand for some on CUDA, where the layer does other things."""
+    # A mock would remember the tensors that it was asked about, and so keep their memory.
+    with mock.patch(f"{__name__}._on_cpu", _on_none):
+        yield
+
+
 class FusedLinear(Linear):  # type: ignore[misc]
     """PEFT's layer with another forward. Made by ``fuse_lora_layers``, never constructed."""
 
@@ -50,16 +63,25 @@ class FusedLinear(Linear):  # type: ignore[misc]
         base, dropout = self.base_layer, self.lora_dropout[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         drops = isinstance(dropout, nn.Dropout) and dropout.training
-        settings = _Settings(self.scaling[name], dropout if drops else None, _autocast_dtype(x))
+        settings = _Settings(
+            self.scaling[name],
+            dropout if drops else None,
+            _autocast_dtype(x),
+            torch.is_grad_enabled(),
+        )
         matrix = base.weight if isinstance(base, Conv1D) else base.weight.t()
         fused: Tensor = _LoraLinear.apply(x, matrix, base.bias, a, b, settings)  # type: ignore[no-untyped-call]
         return fused
+
+
+_UNROUNDED = (torch.float32, torch.float64)
 
 
 class _Settings(NamedTuple):
     scaling: float
     dropout: nn.Dropout | None
     autocast: torch.dtype | None
+    learns: bool
 
 
 def _only_adapter(layer: Linear) -> str | None:
@@ -102,12 +124,28 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _on_none(tensor: Tensor) -> bool:
+    return False
+
+
 class _LoraLinear(torch.autograd.Function):
     """y = x W + bias + s (x Aᵀ) Bᵀ, with W (in, out), A (r, in), B (out, r).
 
     The update is computed in the adapter's precision, or autocast's, and added to the base layer's
     result before that is rounded, as PEFT does. Gradients, with g for y's:
-    B: s gᵀ (x Aᵀ); A: s (g B)ᵀ x; x: g Wᵀ + s (g B) A. The product x Aᵀ is computed again.
+    B: s gᵀ (x Aᵀ); A: s (g B)ᵀ x; x: g Wᵀ + s (g B) A. On CUDA, where memory is scarcer than time,
+    the product x Aᵀ is computed again.
     """
 
     @staticmethod
@@ -121,21 +159,37 @@ class _LoraLinear(torch.autograd.Function):
         settings: _Settings,
     ) -> Tensor:
         _, _, _, learns_a, learns_b, _ = ctx.needs_input_grad
-        autocast = settings.autocast
-        with torch.autocast(x.device.type, enabled=False):
+        autocast, scaling = settings.autocast, settings.scaling
+        with _without_autocast(x):
             rows, wide = _as(x.reshape(-1, x.shape[-1]), autocast), _as(matrix, autocast)
-            y = rows @ wide if bias is None else torch.addmm(_as(bias, autocast), rows, wide)
+            # On a CPU addmm first fills its result with the bias, a pass over memory that CUDA's
+            # kernel does not make. In the update it is one row more; predictions stay PEFT's to
+            # the last bit.
+            unrounded = rows.dtype == a.dtype in _UNROUNDED
+            apart = bias if settings.learns and unrounded and _on_cpu(x) else None
+            if bias is None or apart is not None:
+                y = rows @ wide
+            else:
+                y = torch.addmm(_as(bias, autocast), rows, wide)
             down, up = _as(a, autocast), _as(b, autocast)
             rows, keep = rows.to(down.dtype), None
             if settings.dropout is not None:
                 # The module itself draws, for as many elements in the same layout as in PEFT.
                 factors = settings.dropout(torch.ones_like(x, dtype=down.dtype))
                 # Bits would be an eighth of these bytes, and on a CPU as slow as a product.
-                rows, keep = rows * factors.reshape(rows.shape), factors != 0
-            _add_product(y, rows @ down.t(), up.t(), settings.scaling)
+                # A cast, of which torch has a faster kernel than of the comparison with zero.
+                rows, keep = rows * factors.reshape(rows.shape), factors.bool()
+            low = rows @ down.t()
+            if apart is None:
+                _add_product(y, low, up.t(), scaling)
+            else:
+                right = torch.cat([up.t() * scaling, apart[None]])
+                y.addmm_(functional.pad(low, (0, 1), value=1.0), right)
         ctx.settings, ctx.shape, ctx.x_dtype = settings, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x if learns_a or learns_b else None, matrix, a, b, keep)
+        kept_low = low if learns_b and _on_cpu(x) else None
+        keeps_x = learns_a or (learns_b and kept_low is None)
+        ctx.save_for_backward(x if keeps_x else None, matrix, a, b, keep, kept_low)
         # As matmul does: a view made in here could not be changed in place by its reader.
         out: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
         return out
@@ -143,15 +197,17 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, matrix, a, b, keep = ctx.saved_tensors
+        x, matrix, a, b, keep, low = ctx.saved_tensors
         learns_x, _, learns_bias, learns_a, learns_b, _ = ctx.needs_input_grad
-        scaling, dropout, autocast = ctx.settings
-        grad_x = grad_bias = grad_a = grad_b = None
-        with torch.autocast(grad.device.type, enabled=False):
+        scaling, dropout, autocast, _ = ctx.settings
+        rows = grad_x = grad_bias = grad_a = grad_b = None
+        with _without_autocast(grad):
             grad = grad.reshape(-1, grad.shape[-1])
             down, up = _as(a, autocast), _as(b, autocast)
+            low_scaling = scaling
             if dropout is not None:
-                keep = keep.reshape(-1, ctx.shape[-1])
+                # As bytes: a float times a boolean takes torch twice the time on a CPU.
+                keep = keep.view(torch.uint8).reshape(-1, ctx.shape[-1])
                 # What was not dropped is scaled once, with the update.
                 scaling /= 1 - dropout.p
             into_update = grad.to(down.dtype)
@@ -161,12 +217,14 @@ class _LoraLinear(torch.autograd.Function):
                 rows = rows if keep is None else rows * keep
                 if learns_a:
                     grad_a = (into_product.t() @ rows).to(a.dtype).mul_(scaling)
-                if learns_b:
-                    # A tall result of few columns is the slower way round.
-                    transposed = (rows @ down.t()).t() @ into_update
-                    grad_b = transposed.t().to(b.dtype).mul(scaling)
-                del rows
-            del into_update
+                if learns_b and low is None:
+                    low, low_scaling = rows @ down.t(), scaling
+            if learns_b:
+                # A tall result of few columns is the slower way round.
+                transposed = low.t() @ into_update
+                del low
+                grad_b = transposed.t().to(b.dtype).mul(low_scaling)
+            del rows, into_update
             if learns_x:
                 grad_x = (grad @ _as(matrix, autocast).t()).to(ctx.x_dtype)
                 if keep is None:

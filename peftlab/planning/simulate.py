@@ -120,6 +120,11 @@ def simulate(
                 emulated.enter_context(cuda_kernels())
                 emulated.enter_context(cuda_products())
                 emulated.enter_context(cuda_dropout())
+                if request.method.traits.is_peft:
+                    # Imports PEFT, which no other method needs.
+                    from peftlab.methods.fused_lora import cuda_layers
+
+                    emulated.enter_context(cuda_layers())
             simulation = _two_steps(
                 request,
                 [{k: world.fake(v) for k, v in batch.items()} for batch in batches],

@@ -65,13 +65,16 @@ class SequenceTask(TaskKind[DataT]):
     def collate(
         self, features: Sequence[Features], tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Tensor]:
+        import numpy as np
         import torch
 
         inputs = [
             {key: value for key, value in example.items() if key != "labels"}
             for example in features
         ]
-        batch = dict(tokenizer.pad(inputs, return_tensors="pt"))
+        # Not return_tensors="pt": for that, transformers walks through every number in Python.
+        padded = tokenizer.pad(inputs)
+        batch = {key: torch.from_numpy(np.array(rows, np.int64)) for key, rows in padded.items()}
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in features])
         return batch

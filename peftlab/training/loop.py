@@ -77,6 +77,7 @@ class Loop:
         try:
             for listener in self.listeners:
                 listener.on_begin(self.total_steps, self.progress.step)
+            set_training_mode(self.model, self.job.trunk)
             while self.progress.step < self.total_steps and not self._stopped_early():
                 self._advance(measure=self.progress.step == to_measure)
         finally:
@@ -121,7 +122,6 @@ class Loop:
     def _train(self, measure: bool) -> tuple[Tensor, Tensor | None, int]:
         """The optimizer step itself: mean loss, gradient norm, padded tokens of all processes."""
         job = self.job
-        set_training_mode(self.model, job.trunk)
         micros = self.schedule.micro_batches(self.progress.step)
         rows = self.schedule.rows_of(self.progress.step)
         batches = [self._collate(micro[self.accelerator.process_index]) for micro in micros]
@@ -184,6 +184,7 @@ class Loop:
             batch_size=job.train.per_device_eval_batch_size,
             labels=job.labels,
         )
+        set_training_mode(self.model, job.trunk)
         metrics = job.kind.score(job.validation, predictions)
         progress.eval_seconds += time.perf_counter() - started
         best = self.state.judge(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftlab.anatomy import Anatomy
+from peftlab.models.dropout import DRAW_KEPT
 from peftlab.training.modes import trunk_candidates
 
 _aten: Any = torch.ops.aten
@@ -40,7 +41,7 @@ _CHEAP = {
 A batched product is attention's: an element of its scores costs as many multiplications as a head
 is wide, an element of a linear layer as many as the model is.
 """
-_DRAWN = {_aten.bernoulli_.float, _aten.bernoulli_.Tensor}
+_DRAWN = {_aten.bernoulli_.float, _aten.bernoulli_.Tensor, DRAW_KEPT}
 _DIVIDED = {_aten.div_.Scalar, _aten.div_.Tensor}
 _ORIGIN = "_peftlab_origin"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peftlab.methods.fused_lora import (
     FusedLinear,
     _LoraLinear,
     _Settings,
+    cuda_layers,
     fuse_lora_layers,
     lora_layers,
 )
@@ -96,10 +98,42 @@ def test_gradients_against_differences(dropout: float, with_bias: bool, frozen_i
     def layer(x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         torch.manual_seed(1)
         dropping = nn.Dropout(dropout) if dropout else None
-        out: Tensor = _LoraLinear.apply(x, matrix, bias, a, b, _Settings(0.7, dropping, None))
+        out: Tensor = _LoraLinear.apply(x, matrix, bias, a, b, _Settings(0.7, dropping, None, True))
         return out
 
     assert torch.autograd.gradcheck(layer, (x, bias, leaf(2, 5), leaf(4, 2)))
+
+
+@pytest.mark.parametrize("learning", ["a", "b", "ab"])
+@pytest.mark.parametrize("device", [nullcontext, cuda_layers])
+def test_what_a_device_keeps(device: Callable[[], Any], learning: str) -> None:
+    torch.manual_seed(0)
+    x, matrix = torch.randn(6, 5), torch.randn(5, 4)
+    a, b = (torch.randn(2, 5), torch.randn(4, 2))
+    a.requires_grad, b.requires_grad = "a" in learning, "b" in learning
+    with device():
+        y = _LoraLinear.apply(x, matrix, None, a, b, _Settings(0.7, None, None, True))
+    by_cuda = device is cuda_layers
+    kept = {id(each) for each in y.grad_fn.saved_tensors if each is not None}
+    assert (id(x) in kept) == (by_cuda or "a" in learning)
+    shapes = [each.shape for each in y.grad_fn.saved_tensors if each is not None]
+    assert ((6, 2) in shapes) == (not by_cuda and "b" in learning)
+    y.square().sum().backward()
+    plain = x @ matrix + 0.7 * x @ a.detach().T @ b.detach().T
+    grad = 2 * plain
+    if "a" in learning:
+        torch.testing.assert_close(a.grad, 0.7 * (grad @ b.detach()).T @ x)
+    if "b" in learning:
+        torch.testing.assert_close(b.grad, 0.7 * grad.T @ (x @ a.detach().T))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2-lm", "llama-lm"])
+def test_predictions_are_those_of_peft_to_the_last_bit(
+    name: str, build: Build, batch: Batch
+) -> None:
+    theirs, ours = (model.eval() for model in pair(build, name, init_lora_weights=False))
+    with torch.no_grad():
+        assert torch.equal(ours(**batch(name)).logits, theirs(**batch(name)).logits)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +219,8 @@ def test_autocast_as_in_peft(section: dict[str, Any], build: Build, batch: Batch
 def test_dropout_drops_as_often_as_it_says_and_the_same_in_backward() -> None:
     x = torch.ones(999, 7, requires_grad=True)  # no multiple of eight
     a, b = torch.ones(1, 7, requires_grad=True), torch.ones(1, 1, requires_grad=True)
-    y = _LoraLinear.apply(x, torch.zeros(7, 1), None, a, b, _Settings(1.0, nn.Dropout(0.25), None))
+    settings = _Settings(1.0, nn.Dropout(0.25), None, True)
+    y = _LoraLinear.apply(x, torch.zeros(7, 1), None, a, b, settings)
     y.sum().backward()
     assert x.grad is not None
     assert a.grad is not None

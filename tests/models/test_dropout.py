@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftlab.models.dropout import Dropout, cuda_dropout, draw_dropout_fast
+from peftlab.models.dropout import (
+    DRAW_KEPT,
+    Dropout,
+    cuda_dropout,
+    draw_dropout_fast,
+    draw_kept,
+)
 
 
 def fast(probability: float) -> nn.Sequential:
@@ -27,8 +36,8 @@ def test_bernoulli(probability: float) -> None:
     kept = fast(probability)(torch.ones(count)) != 0
     deviation = math.sqrt(probability * (1 - probability) / count)
     assert abs(1 - float(kept.float().mean()) - probability) < 4 * deviation
-    # Neighbours share a 64-bit number, and every second pair a state of the generator.
-    for lag in (1, 2, 3, 624):
+    # Four neighbours share a 64-bit number; 2¹⁵ elements are drawn at a time.
+    for lag in (1, 2, 3, 4, 2**15):
         both = float((~kept[lag:] & ~kept[:-lag]).float().mean())
         spread = math.sqrt(probability**2 * (1 + 2 * probability) / count)
         assert abs(both - probability**2) < 5 * spread
@@ -53,9 +62,95 @@ def test_seeded() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_calls_are_independent() -> None:
+    torch.manual_seed(0)
+    model, x = fast(0.5), torch.ones(2**18)
+    first, second = model(x) != 0, model(x) != 0
+    same = float((first == second).float().mean())
+    assert abs(same - 0.5) < 4 * 0.5 / math.sqrt(x.numel())
+
+
+def test_torch_s_generator_is_all_there_is_to_restore() -> None:
+    model, x = fast(0.5), torch.ones(33)
+    model(x)
+    state = torch.get_rng_state()
+    expected = [model(x), torch.rand(3), model(x)]
+    torch.set_rng_state(state)
+    for one, other in zip(expected, [model(x), torch.rand(3), model(x)], strict=True):
+        assert torch.equal(one, other)
+    with torch.random.fork_rng(devices=[]):
+        model(x)
+    torch.set_rng_state(state)
+    assert torch.equal(model(x), expected[0])
+
+
+def test_the_numbers_stay_the_same_between_versions() -> None:
+    torch.manual_seed(4)
+    kept = draw_kept(torch.empty(0), (3, 7), 0.5)
+    assert kept.dtype is torch.uint8
+    assert kept.tolist() == [
+        [1, 0, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 1, 0],
+        [0, 1, 1, 0, 1, 1, 0],
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 2**15 - 1, 2**15, 2**15 + 1])
+def test_every_element_is_drawn(count: int) -> None:
+    mask = torch.full((count,), 7, dtype=torch.uint8)
+    DRAW_KEPT(mask, 1)
+    assert mask.sum() >= count - 10
+    assert set(mask.unique().tolist()) <= {0, 1}
+
+
+def test_only_where_allowed() -> None:
+    allowed = torch.tensor([[True, False, True]])
+    kept = draw_kept(torch.empty(0), (2, 500, 3), 0.1, allowed)
+    assert not kept[..., 1].any()
+    assert 0.85 < float(kept[..., ::2].float().mean()) < 0.95
+
+
+def test_fake_tensors_and_what_watches_operations() -> None:
+    with FakeTensorMode():
+        x = torch.ones(4, 5, requires_grad=True)
+        out = fast(0.5)(x)
+        out.sum().backward()
+        assert out.shape == x.grad.shape == (4, 5)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    with Watch():
+        fast(0.5)(torch.ones(3))
+    assert seen.count(DRAW_KEPT) == 1
+    # Nothing but the mask and the results is allocated where it would be seen.
+    assert [op.name() for op in seen if "random" in op.name() or "empty" in op.name()] == [
+        "aten::new_empty"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_keeps_the_dtype(dtype: torch.dtype) -> None:
+    out = fast(0.5)(torch.ones(64, dtype=dtype))
+    assert out.dtype is dtype
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+
+
+def test_undefined_numbers_stay_undefined() -> None:
+    assert fast(0.5)(torch.full((64,), math.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0, 1e-6, 1 - 1e-6])
 def test_certain(probability: float) -> None:
-    assert torch.equal(fast(probability)(torch.ones(9)), torch.full((9,), 1 - probability))
+    torch.manual_seed(0)
+    out = fast(probability)(torch.ones(9))
+    torch.manual_seed(0)
+    assert torch.equal(out, nn.Dropout(probability)(torch.ones(9)))
 
 
 def test_eval_and_copies() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from peftlab.memory.timeline import Timeline
 from peftlab.methods import METHODS
+from peftlab.models.attention import draw_attention_dropout_fast
+from peftlab.models.dropout import draw_dropout_fast
 from peftlab.models.tiny import tiny_config
 from peftlab.training.recompute import enable_checkpointing
 
@@ -83,6 +85,22 @@ def test_the_same_bits_from_fewer_bytes(architecture: str, method: str) -> None:
     again, repeated, after = step(build(architecture, method, selective=True))
     assert torch.equal(loss, again)
     assert set(gradients) == set(repeated)
+    for name, gradient in gradients.items():
+        assert torch.equal(repeated[name], gradient), name
+    assert after <= 0.75 * before
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT corrects it itself
+@pytest.mark.parametrize("architecture", DROPOUT)
+def test_dropout_that_draws_faster(architecture: str) -> None:
+    results = []
+    for selective in (False, True):
+        model = build(architecture, "lora, dropout", selective)
+        draw_dropout_fast(model)
+        draw_attention_dropout_fast(model)
+        results.append(step(model))
+    (loss, gradients, before), (again, repeated, after) = results
+    assert torch.equal(loss, again)
     for name, gradient in gradients.items():
         assert torch.equal(repeated[name], gradient), name
     assert after <= 0.75 * before

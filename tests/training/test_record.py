@@ -142,6 +142,26 @@ def test_saved_bytes_are_the_folders(lora: Run) -> None:
     assert lora.record.saved_bytes == sum(file.stat().st_size for file in files)
 
 
+def test_the_allocator_keeps_what_a_run_frees(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        true_function = getattr(execute, name)
+
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return true_function(*args)
+
+        return call
+
+    for name in ("keep_freed_memory", "assemble", "return_freed_memory"):
+        monkeypatch.setattr(execute, name, noted(name))
+    assert run(task, tmp_path / "run", "head-only").record.status == "ok"
+    assert calls == ["keep_freed_memory", "assemble", "return_freed_memory"]
+
+
 def test_the_same_again_is_not_trained_again(lora: Run, task: Path) -> None:
     before = contents(lora.folder)
     again = run(task, lora.folder, "lora")

@@ -1,0 +1,182 @@
+"""Attention with dropout on the CPU, where torch has no fused kernel for it.
+
+torch's ``scaled_dot_product_attention`` takes its plain path there: it draws and keeps a float for
+every probability, keeps the probabilities before and after dropout, and searches each row for a
+query that sees nothing. Here a probability costs 16 random bits and keeps one byte beside itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peftlab.models.dropout import draw_kept, draws_fast
+
+_sdpa: Any = nn.functional.scaled_dot_product_attention
+_HALF = (torch.float16, torch.bfloat16)
+_MARK = "_peftlab_draws_fast"
+
+
+def draw_attention_dropout_fast(model: nn.Module) -> None:
+    """Let a transformers model drop attention probabilities as ``Dropout`` drops elements.
+
+    Where its attention is ``sdpa``, by name and by what it computes, it stays so: transformers'
+    function still prepares the inputs, and runs untouched outside of training, without dropout, on
+    other devices, in compiled models, and in models that were not given here.
+    """
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    registered: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if getattr(registered, "func", None) is not _attend:
+        AttentionInterface.register("sdpa", partial(_attend, registered))
+    for module in model.modules():
+        # Where a module finds the name of its attention function.
+        if hasattr(module, "config"):
+            setattr(module, _MARK, True)
+
+
+def _attend(
+    original: Callable[..., Any], module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    drops = kwargs.get("dropout", 0.0) > 0
+    if not (drops and hasattr(module, _MARK)) or torch.compiler.is_compiling():
+        return original(module, query, *args, **kwargs)
+    with _OwnAttention():
+        return original(module, query, *args, **kwargs)
+
+
+class _OwnAttention(TorchFunctionMode):
+    """Inside, torch's function is ``attention``.
+
+    A function put in torch's place, as the emulation of CUDA does, is none of torch's and runs.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return (attention if func is _sdpa else func)(*args, **(kwargs or {}))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` with dropout drawn faster on the CPU.
+
+    Probabilities are zero with probability round(dropout_p · 2¹⁶) / 2¹⁶, independently. What torch
+    refuses, broadcasts or has a kernel for is left to it.
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        key: (batch, heads, keys, head_dim).
+        value: (batch, heads, keys, value_dim).
+        attn_mask: broadcastable to (batch, heads, queries, keys): True where a query sees a key,
+            or numbers to add. A query that sees none has the result zero.
+        is_causal: a query sees the keys up to its own place, counted from the first; not with a
+            mask.
+        enable_gqa: keys and values have a head for several of the queries'.
+
+    Returns:
+        (batch, heads, queries, value_dim).
+    """
+    tensors = query, key, value
+    heads = key.shape[-3] if enable_gqa else query.shape[-3]
+    plain = (
+        all(tensor.dim() == 4 for tensor in tensors)
+        and key.shape[:2] == value.shape[:2] == (query.shape[0], heads)
+        and not (is_causal and attn_mask is not None)
+    )
+    if not plain or not draws_fast(query, dropout_p):
+        out: Tensor = _sdpa(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return out
+    if torch.is_autocast_enabled("cpu") and query.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (tensor.to(dtype) for tensor in tensors)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    probability: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    batch, heads, queries, head_dim = query.shape
+    keys, dtype = key.shape[2], query.dtype
+    if dtype in _HALF:
+        # As torch does: half precision only between operations.
+        query, key, value = query.float(), key.float(), value.float()
+    if key.shape[1] != heads:
+        groups = heads // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    if is_causal:
+        mask = query.new_ones(queries, keys, dtype=torch.bool).tril()
+    scores = torch.bmm(
+        query.flatten(0, 1) * (head_dim**-0.5 if scale is None else scale),
+        key.flatten(0, 1).transpose(1, 2),
+    ).view(batch, heads, queries, keys)
+    allowed = mask if mask is not None and mask.dtype is torch.bool else None
+    if allowed is not None:
+        # Not -∞: of a query that sees nothing the kept probabilities are zero, not undefined.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores + torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(
+            allowed.logical_not(), lowest
+        )
+        probabilities = torch.softmax(scores, -1)
+    elif mask is not None:
+        probabilities = torch._safe_softmax(scores + mask, -1)
+    else:
+        probabilities = torch.softmax(scores, -1)
+    del scores
+    kept = draw_kept(query, (batch, heads, queries, keys), probability, allowed)
+    product: Any = _KeptProduct.apply(  # type: ignore[no-untyped-call]
+        probabilities.flatten(0, 1), value.flatten(0, 1), kept.flatten(0, 1), 1 / (1 - probability)
+    )
+    out: Tensor = product.view(batch, heads, queries, -1).to(dtype)
+    return out
+
+
+class _KeptProduct(torch.autograd.Function):
+    """s (P ∘ K) V, with P (n, queries, keys), V (n, keys, dim), K of P's shape, zeros and ones.
+
+    P ∘ K is computed again. Gradients, with g for the result's: P: s K ∘ (g Vᵀ); V: s (P ∘ K)ᵀ g.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, probabilities: Tensor, value: Tensor, kept: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(probabilities, value, kept)
+        ctx.scale = scale
+        return torch.bmm(probabilities * kept, value).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        probabilities, value, kept = ctx.saved_tensors
+        grad = grad * ctx.scale
+        grad_probabilities = grad_value = None
+        if ctx.needs_input_grad[0]:
+            grad_probabilities = torch.bmm(grad, value.transpose(1, 2)).mul_(kept)
+        if ctx.needs_input_grad[1]:
+            grad_value = torch.bmm((probabilities * kept).transpose(1, 2), grad)
+        return grad_probabilities, grad_value, None, None
