@@ -81,7 +81,7 @@ class _Settings(NamedTuple):
     scaling: float
     dropout: nn.Dropout | None
     autocast: torch.dtype | None
-    learns: bool
+    differentiable: bool
 
 
 def _only_adapter(layer: Linear) -> str | None:
@@ -166,7 +166,7 @@ class _LoraLinear(torch.autograd.Function):
             # kernel does not make. In the update it is one row more; predictions stay PEFT's to
             # the last bit.
             unrounded = rows.dtype == a.dtype in _UNROUNDED
-            apart = bias if settings.learns and unrounded and _on_cpu(x) else None
+            apart = bias if settings.differentiable and unrounded and _on_cpu(x) else None
             if bias is None or apart is not None:
                 y = rows @ wide
             else:
