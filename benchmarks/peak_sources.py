@@ -43,7 +43,8 @@ class Source:
         context_bytes: what the source measured of an idle process, contained in its figures.
         attention: as ``attn_implementation``.
         keeps_softmax_input: torch 1.10 kept it for backward.
-        empties_cache: the loop empties the allocator's cache before the longest batch.
+        empties_cache: before the longest batch, the loop empties the allocator's cache and then
+            lets go of the gradients of the step before.
         workspaces: of cuBLAS, in the allocator since torch 2.0 (github.com/pytorch/pytorch/issues/
             95668).
     """
@@ -190,9 +191,8 @@ PEAKS = (
         37_241_225_216,
         "full-finetuning--llama-3.2-3B-lr_0.00001",
         {"kind": "full"},
-        "the live peak is below the report, but the replay leaves more holes than the card did: "
-        "what it holds grows by 2.7 GiB in the optimizer step, where AdamW's temporaries (6 GiB) "
-        "do not fit what backward freed; why they did on the card is not known",
+        "same batches, nothing fitted; here it counts that the loop empties the cache while the "
+        "gradients of the step before are alive: their blocks stay and are used again",
     ),
     _guide("fp32, batch 4", 14949, "Vanilla Training", _OLD),
     _guide("fp32, batch 1 × 4", 8681, "Gradient Accumulation", _OLD, **_SMALL),

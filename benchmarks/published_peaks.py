@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from peftlab.memory.allocator import reserved_bytes
+from peftlab.memory.trace import StepTrace
 from peftlab.methods import METHODS
 from peftlab.optim.config import OptimConfig
 from peftlab.optim.table import OPTIMIZERS, OptimizerInfo
@@ -152,8 +153,19 @@ def planned(peak: Peak) -> Planned:
     if base != source.base_params:
         raise ValueError(f"{peak.name}: a base of {base:,} parameters is not the source's")
     breakdown = simulation.trace.breakdown()
-    reserved = reserved_bytes(simulation.trace, source.workspaces, source.empties_cache)
+    emptied_at = _last_release(simulation.trace) if source.empties_cache else None
+    reserved = reserved_bytes(simulation.trace, source.workspaces, emptied_at)
     return Planned(breakdown.peak_bytes, reserved, breakdown.peak_moment)
+
+
+def _last_release(trace: StepTrace) -> int:
+    """How many events come before the first step's gradients are let go of."""
+    last = max(index for index in range(trace.start) if trace.events[index][1] > 0)
+    return next(
+        index
+        for index in range(last + 1, trace.start + 1)
+        if index == trace.start or trace.storages[trace.events[index][0]].role == "gradients"
+    )
 
 
 def planned_apart(number: int, length: int | None) -> Planned:

@@ -125,13 +125,13 @@ def cublas_workspaces(capability: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def reserved_bytes(
-    trace: StepTrace, workspaces: tuple[int, ...], emptied_before: bool = False
+    trace: StepTrace, workspaces: tuple[int, ...], emptied_at: int | None = None
 ) -> int:
     """The most that the allocator holds over a trace.
 
     Args:
         workspaces: blocks that are there throughout.
-        emptied_before: the cache is emptied where the step begins, by a loop that does so.
+        emptied_at: a loop empties the cache after so many events; the most from there on.
     """
     allocator = CachingAllocator()
     for size in workspaces:
@@ -139,8 +139,9 @@ def reserved_bytes(
     blocks: dict[int, _Block] = {}
     sizes: dict[int, int] = {}
     for position, (index, change) in enumerate(trace.events):
-        if emptied_before and position == trace.start:
+        if position == emptied_at:
             allocator.empty_cache()
+            allocator.peak_bytes = allocator.reserved_bytes
         if index in blocks:
             allocator.release(blocks.pop(index))
         sizes[index] = sizes.get(index, 0) + change

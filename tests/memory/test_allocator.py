@@ -68,12 +68,16 @@ def test_emptying_returns_whole_segments_only() -> None:
 
 def test_replay_with_a_cache_emptied_before_the_step() -> None:
     with Timeline() as timeline:
-        torch.empty(30 * MIB, dtype=torch.uint8)
+        gradient = torch.empty(30 * MIB, dtype=torch.uint8)
+        torch.empty(50 * MIB, dtype=torch.uint8)
+        emptied_at = len(timeline.trace().events)
+        del gradient
         timeline.begin()
         torch.empty(40 * MIB, dtype=torch.uint8)
     trace = timeline.trace()
-    assert reserved_bytes(trace, ()) == 70 * MIB
-    assert reserved_bytes(trace, (), emptied_before=True) == 40 * MIB
+    assert reserved_bytes(trace, ()) == 80 * MIB  # 40 fit into the block of 50
+    assert reserved_bytes(trace, (), emptied_at=trace.start) == 40 * MIB
+    assert reserved_bytes(trace, (), emptied_at) == 70 * MIB  # the gradient's block stays
 
 
 def test_workspaces_by_architecture() -> None:
