@@ -24,6 +24,7 @@ from peftlab.training.config import TrainConfig
 from peftlab.training.modes import frozen_trunk, trunk_candidates
 from peftlab.training.recompute import enable_checkpointing
 from peftlab.trunk.boundary import Boundary, NoBoundary, find_boundary
+from peftlab.trunk.cache import OFF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,13 +59,7 @@ def check_model(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> 
         IncompatibleError: with everything that is wrong; no weight is loaded.
         UserError: there is no such model.
     """
-    import torch
-
-    config = load_config(experiment.model, **kind.model_kwargs(splits))
-    with torch.device("meta"):
-        skeleton = build_from_config(
-            config, kind.traits.auto_class, torch.float32, experiment.model.attn_implementation
-        )
+    skeleton = _skeleton(experiment, kind, splits)
     anatomy = Anatomy.of(skeleton)
     method = experiment.build_method()
     problems = [
@@ -75,6 +70,36 @@ def check_model(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> 
     if problems:
         raise IncompatibleError(problems)
     return anatomy
+
+
+def kept_blocks(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> int:
+    """How many blocks' output a run may keep for others; found without loading a weight.
+
+    0 also where that cannot be told, because the method starts from what the weights are.
+    """
+    if experiment.train.trunk_cache == OFF:
+        return 0
+    skeleton = _skeleton(experiment, kind, splits)
+    try:
+        prepared = prepare(skeleton, experiment.build_method(), kind.traits, experiment.train)
+    except (NotImplementedError, RuntimeError):
+        return 0
+    return 0 if isinstance(prepared.boundary, NoBoundary) else prepared.boundary.depth
+
+
+def _skeleton(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> PreTrainedModel:
+    """The architecture without storage.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    import torch
+
+    config = load_config(experiment.model, **kind.model_kwargs(splits))
+    with torch.device("meta"):
+        return build_from_config(
+            config, kind.traits.auto_class, torch.float32, experiment.model.attn_implementation
+        )
 
 
 def _too_long(experiment: Experiment, anatomy: Anatomy, method: Method[Any]) -> list[Problem]:

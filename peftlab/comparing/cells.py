@@ -66,26 +66,35 @@ class CellRunner:
             worker.end()
         self._staying.clear()
 
-    def check(self, experiments: Iterable[Experiment]) -> None:
+    def check(self, experiments: Iterable[Experiment]) -> dict[str, int]:
         """Check every method against its model, before the first cell starts.
+
+        Returns:
+            by recipe, how many blocks' output a cell that is not finished may keep for others.
 
         Raises:
             UserError: with the problems of all experiments, data included.
         """
         problems: dict[Problem, None] = {}
+        kept: dict[str, int] = {}
         waiting = []
         for experiment in experiments:
             try:
-                splits = self._read(experiment)
+                self._read(experiment)
             except UserError as error:
                 problems |= dict.fromkeys(error.problems)
                 continue
             if self._finished(experiment) is None:
-                waiting.append((experiment, splits))
+                waiting.append(experiment)
         if waiting and not problems:
-            problems |= dict.fromkeys(self._ask(_check, [each for each, _ in waiting]))
+            for experiment, answer in zip(waiting, self._ask(_check, waiting), strict=True):
+                if isinstance(answer, int):
+                    kept[experiment.recipe] = answer
+                else:
+                    problems |= dict.fromkeys(answer)
         if problems:
             raise UserError(problems)
+        return kept
 
     def fit_batch_sizes(
         self, experiments: Sequence[Experiment], memory_bytes: int | None
@@ -311,19 +320,21 @@ def _may_stay(shared: Shared) -> bool:
 
 
 def _check(experiments: list[Experiment], sender: object) -> None:
-    """Send the problems of all experiments."""
-    from peftlab.assemble import check_model
+    """Send each experiment's problems, or how many blocks' output it may keep for others."""
+    from peftlab.assemble import check_model, kept_blocks
 
-    problems: list[Problem] = []
+    answers: list[int | Sequence[Problem]] = []
     for experiment in experiments:
         kind = experiment.build_kind()
         try:
-            check_model(experiment, kind, kind.read())
+            splits = kind.read()
+            check_model(experiment, kind, splits)
+            answers.append(kept_blocks(experiment, kind, splits))
         except UserError as error:
-            problems += error.problems
+            answers.append(error.problems)
         except KeyboardInterrupt:
             sys.exit(130)
-    sender.send(problems)  # type: ignore[attr-defined]
+    sender.send(answers)  # type: ignore[attr-defined]
 
 
 def _fit_batch_sizes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,9 @@ def compare(
 ) -> CompareResult:
     """Run every recipe with every seed under equal terms; finished cells are not run again.
 
-    Cells go seed by seed, so that a comparison that is interrupted is a fair one of fewer seeds. A
-    cell that fails or runs out of memory is recorded and the rest go on.
+    Cells go seed by seed, so that a comparison that is interrupted is a fair one of fewer seeds; of
+    a seed's cells, those first whose frozen trunk the others' continue. A cell that fails or runs
+    out of memory is recorded and the rest go on.
 
     Args:
         recipes: names or paths. ``full``, or else the first, is what the others are compared with.
@@ -74,9 +75,12 @@ def compare(
     records: list[tuple[Record, Path]] = []
     interrupted = False
     with CellRunner(root, force=force, progress=progress, command=command) as runner:
-        runner.check([experiment for experiment in experiments if experiment.seed == chosen[0]])
+        kept = runner.check([each for each in experiments if each.seed == chosen[0]])
         if auto_batch_size:
             experiments = runner.fit_batch_sizes(experiments, memory_bytes)
+        order = list(dict.fromkeys(experiment.recipe for experiment in experiments))
+        turns = _turns(order, kept)
+        experiments.sort(key=lambda each: (chosen.index(each.seed), turns.index(each.recipe)))
         try:
             for position, experiment in enumerate(experiments, start=1):
                 record, folder = runner.run(experiment, experiments[position:])
@@ -89,13 +93,27 @@ def compare(
             if not any(record.status != "interrupted" for record, _ in records):
                 raise
             interrupted = True
-    return _conclude(records, root, command, interrupted)
+    return _conclude(records, order, root, command, interrupted)
+
+
+def _turns(recipes: Sequence[str], kept: Mapping[str, int]) -> list[str]:
+    """The recipes as their cells take turns: those that keep blocks' outputs, fewest blocks first.
+
+    The others stay in their places.
+    """
+    keeping = iter(sorted(filter(kept.get, recipes), key=lambda recipe: kept[recipe]))
+    return [next(keeping) if kept.get(recipe) else recipe for recipe in recipes]
 
 
 def _conclude(
-    records: Sequence[tuple[Record, Path]], root: Path, command: str, interrupted: bool
+    records: Sequence[tuple[Record, Path]],
+    recipes: Sequence[str],
+    root: Path,
+    command: str,
+    interrupted: bool,
 ) -> CompareResult:
-    order = list(dict.fromkeys(record.recipe for record, _ in records))
+    done = {record.recipe for record, _ in records}
+    order = [recipe for recipe in recipes if recipe in done]
     ordered = sorted(records, key=lambda pair: (order.index(pair[0].recipe), pair[0].seed))
     metric = METRICS[ordered[0][0].metric]
     comparison = build_comparison(

@@ -92,6 +92,7 @@ class TrunkCache(Config):
     Args:
         key: the trunk's name in the cache; empty if nothing was kept.
         boundary: up to where they were kept.
+        filled_from: the lower boundary, kept by another run, above which they were computed.
         rows: in the cache at the end, those of other runs included.
         stored_bytes: of these.
         fill_seconds: spent on computing training rows before the first step; in ``train_seconds``.
@@ -101,6 +102,7 @@ class TrunkCache(Config):
 
     key: str = ""
     boundary: str = ""
+    filled_from: str = ""
     rows: int = 0
     stored_bytes: int = 0
     fill_seconds: float = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peftlab.anatomy import Anatomy
@@ -20,7 +20,7 @@ class Boundary:
         base: the transformers model; ``backbone`` its part without the head.
         blocks: all blocks, bottom to top; ``depth`` of them lie below the line.
         trunk: the modules below the line that must be in eval mode.
-        below: what lies below the line and has parameters, by name.
+        below: what lies below the line and has parameters, by name, bottom to top.
         whole: nothing in the backbone trains: the line may be drawn above it.
     """
 
@@ -36,6 +36,12 @@ class Boundary:
     def reaches_head(self) -> bool:
         """Whether all blocks lie below the line: nothing but the head and a pooler train."""
         return self.depth == len(self.blocks)
+
+    def lowered(self, depth: int) -> Boundary:
+        """The line above fewer blocks of the same trunk."""
+        topmost = self.blocks[depth - 1]
+        end = next(i for i, (_, module) in enumerate(self.below, 1) if module is topmost)
+        return replace(self, depth=depth, below=self.below[:end], whole=False)
 
 
 @dataclass(frozen=True)

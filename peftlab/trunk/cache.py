@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,16 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.trunk.boundary import Boundary, NoBoundary
-from peftlab.trunk.key import describe, key_of
+from peftlab.trunk.key import describe, digests, key_of
+from peftlab.trunk.lower import LowerTrunk, find_lower
 from peftlab.trunk.replay import READ, Compute, Form, Inputs, NotReplayableError, Replay
-from peftlab.trunk.store import (
-    DIGEST_BYTES,
-    Array,
-    Store,
-    budget_bytes,
-    free_bytes,
-    trunk_cache_dir,
-)
+from peftlab.trunk.rows import Row, as_numpy, gathered, row_keys, storage_of
+from peftlab.trunk.store import Store, budget_bytes, free_bytes, trunk_cache_dir
 from peftlab.units import format_bytes
 
 OFF = "off"
@@ -32,12 +26,8 @@ FILL_TOKENS = {"cpu": 1024}
 """Tokens of a batch that is computed to be kept, padding included, by device: a CPU is fastest
 where they fit into its caches."""
 _FILL_TOKENS_ELSEWHERE = 16384
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
-"""How values are stored; numpy has no bfloat16, so its bits are."""
 
 logger = logging.getLogger(__name__)
-Row = tuple[bytes, int]
-"""The digest of a row's tokens and their number."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +72,7 @@ class TrunkCache:
         self._budget = 0
         self._storage: np.dtype[Any] = np.dtype(np.float32)
         self._replay: Replay | None = None
+        self._lower: LowerTrunk | None = None
         if setting == OFF:
             self.note = "switched off"
         elif isinstance(boundary, NoBoundary):
@@ -126,7 +117,7 @@ class TrunkCache:
         if reason := too_large(form, self._setting, self._half, lengths, later_rows):
             self._give_up(reason)
             return
-        self._storage = _storage(form, self._half)
+        self._storage = storage_of(form, self._half)
         self._budget = budget_bytes(self._setting)
         before = self._before
         if before is not None and (before.form, before.storage) == (form, self._storage):
@@ -134,8 +125,10 @@ class TrunkCache:
             self.open_trunk, self.continued = before, True
             return
         device = next(replay.boundary.backbone.parameters()).device
-        self._description = describe(replay.boundary, form, self._storage.name, device)
+        weights = digests(replay.boundary.below)
+        self._description = describe(replay.boundary, form, self._storage.name, device, weights)
         self._store = Store(trunk_cache_dir() / self.key, self._description)
+        replay.start = self._lower = find_lower(replay, self._storage, device, weights)
         replay.verify(loss)
         self.open_trunk = OpenTrunk(form, self._storage, self._description, self._store)
 
@@ -150,6 +143,7 @@ class TrunkCache:
         return {
             "key": self.key if store else "",
             "boundary": self._description["boundary"] if store else "",
+            "filled_from": self._lower.name if self._lower and self._lower.used else "",
             "rows": len(store) if store else 0,
             "stored_bytes": store.stored_bytes if store else 0,
             "fill_seconds": self.fill_seconds,
@@ -187,25 +181,7 @@ class TrunkCache:
             return None
         self.replayed_rows += len(rows)
         ids = inputs["input_ids"]
-        return self._gathered(self._store, rows, form, ids.shape[1], ids.device)
-
-    def _gathered(
-        self, store: Store, rows: Sequence[Row], form: Form, tokens: int, device: torch.device
-    ) -> Tensor:
-        shape = form.shape(len(rows), tokens)
-        if device.type == "cpu":
-            out = torch.zeros(shape, dtype=form.dtype)
-            target = _as_numpy(out)
-        else:
-            # numpy's own memory: on the accelerator there shall be one allocation, and no other.
-            target = np.zeros(shape, _NUMPY[form.dtype])
-            out = torch.from_numpy(target).view(form.dtype)
-        for position, (digest, length) in enumerate(rows):
-            if form.per_token:
-                target[position, :length] = store[digest]
-            else:
-                target[position] = store[digest].reshape(shape[1:])
-        return out.to(device)
+        return gathered(self._store, rows, form, ids.shape[1], ids.device)
 
     def _learn_rows(self, inputs: Inputs, rows: Sequence[Row], compute: Compute) -> bool:
         """Compute and keep what is not known; whether all is known then."""
@@ -226,7 +202,7 @@ class TrunkCache:
             if not values.isfinite().all():
                 self._give_up("float16 cannot hold the trunk's activations")
                 return False
-        computed = _as_numpy(values.cpu())
+        computed = as_numpy(values.cpu())
         try:
             for index, own in zip(missing, computed, strict=True):
                 digest, length = rows[index]
@@ -267,27 +243,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def row_keys(inputs: Inputs) -> list[Row] | None:
-    """Digest and length of each row's real tokens; None where rows are not padded on the right."""
-    arrays = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
-    ids = arrays["input_ids"].astype("<i4")
-    count, tokens = ids.shape
-    lengths = np.full(count, tokens)
-    if (mask := arrays.get("attention_mask")) is not None:
-        lengths = (mask != 0).sum(axis=1)
-        if not lengths.all() or not (mask == (np.arange(tokens) < lengths[:, None])).all():
-            return None
-    types = arrays.get("token_type_ids")
-    types = None if types is None else types.astype("<i4")
-    rows = []
-    for position, length in enumerate(lengths.tolist()):
-        digest = hashlib.blake2b(ids[position, :length].tobytes(), digest_size=DIGEST_BYTES)
-        if types is not None:
-            digest.update(b"types" + types[position, :length].tobytes())
-        rows.append((digest.digest(), length))
-    return rows
-
-
 def fill_batches(
     lengths: Mapping[int, int], device: str, part: int = 0, parts: int = 1
 ) -> list[list[int]]:
@@ -319,7 +274,7 @@ def too_large(form: Form, setting: str, half: bool, lengths: Sequence[int], late
     """
     vectors = sum(lengths) if form.per_token else len(lengths)
     share = 1 + later_rows / max(1, len(lengths))
-    needed = vectors * share * form.width * _storage(form, half).itemsize
+    needed = vectors * share * form.width * storage_of(form, half).itemsize
     budget, free = budget_bytes(setting), free_bytes()
     if needed <= min(budget, free):
         return ""
@@ -327,15 +282,3 @@ def too_large(form: Form, setting: str, half: bool, lengths: Sequence[int], late
         f"it would take about {format_bytes(needed)}; train.trunk_cache={setting} allows "
         f"{format_bytes(budget)} and {format_bytes(free)} are free"
     )
-
-
-def _storage(form: Form, half: bool) -> np.dtype[Any]:
-    return np.dtype(np.float16 if half and form.dtype is torch.float32 else _NUMPY[form.dtype])
-
-
-def _as_numpy(tensor: Tensor) -> Array:
-    """The tensor's own memory, bfloat16 as its bits."""
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    array: Array = tensor.numpy()
-    return array

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,14 @@ _HEAD_KEYS = {
 """Keys of a model's config that say nothing of its trunk."""
 
 
-def describe(boundary: Boundary, form: Form, storage: str, device: torch.device) -> dict[str, Any]:
-    """All that decides the values, and the values' form; JSON-ready."""
+def describe(
+    boundary: Boundary, form: Form, storage: str, device: torch.device, weights: Sequence[str]
+) -> dict[str, Any]:
+    """All that decides the values, and the values' form; JSON-ready.
+
+    Args:
+        weights: the digests of what lies below the line; more are not looked at.
+    """
     config: Any = boundary.base.config
     settings = {key: value for key, value in config.to_dict().items() if key not in _HEAD_KEYS}
     count = len(boundary.blocks)
@@ -37,7 +43,7 @@ def describe(boundary: Boundary, form: Form, storage: str, device: torch.device)
         "storage": storage,
         "class": type(boundary.backbone).__name__,
         "attn_implementation": config._attn_implementation,
-        "weights": _fingerprint(boundary.below),
+        "weights": _digest_of(weights[: len(boundary.below)]),
         "config": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "dtype": str(form.dtype),
         "autocast": str(form.autocast),
@@ -54,16 +60,22 @@ def key_of(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _fingerprint(modules: tuple[tuple[str, nn.Module], ...]) -> str:
-    """A hash of every parameter and buffer, and of how the modules describe themselves."""
-    digest = xxhash.xxh3_128()
-    for name, module in modules:
-        digest.update(f"{name}{module!r}".encode())
-        for key, tensor in _tensors(module):
-            digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-            digest.update(flat.numpy().data)
+def digests(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """Of each module every parameter and buffer, and how it describes itself."""
+    return [_digest(name, module) for name, module in modules]
+
+
+def _digest(name: str, module: nn.Module) -> str:
+    digest = xxhash.xxh3_128(f"{name}{module!r}".encode())
+    for key, tensor in _tensors(module):
+        digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
     return digest.hexdigest()
+
+
+def _digest_of(parts: Sequence[str]) -> str:
+    return xxhash.xxh3_128("".join(parts).encode()).hexdigest()
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

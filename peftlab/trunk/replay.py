@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,19 @@ class Source(Protocol):
         ...
 
 
+class Start(Protocol):
+    """Knows the output of a lower block, from which the boundary's values can be computed."""
+
+    @property
+    def depth(self) -> int:
+        """How many blocks need not run."""
+        ...
+
+    def values(self, inputs: Inputs) -> Tensor | None:
+        """What the topmost of them returns, (batch, seq, width); None if not known."""
+        ...
+
+
 class Blank:
     """Knows that everything is zero: to plan with, where the allocation alone matters."""
 
@@ -79,16 +92,22 @@ class Blank:
 
 
 class Replay:
-    """Replays the trunk of one model while ``attached``, once ``learn`` has been called."""
+    """Replays the trunk of one model while ``attached``, once ``learn`` has been called.
+
+    ``start`` saves blocks where values are computed.
+    """
 
     def __init__(self, boundary: Boundary, source: Source) -> None:
         self.boundary, self.source = boundary, source
+        self.start: Start | None = None
         self.form: Form | None = None
         self._real: Callable[..., Any] = boundary.backbone.forward
         self._names = tuple(inspect.signature(self._real).parameters)
         self._answer: Callable[..., Any] = self._serve
-        self._mode: Literal["run", "capture", "replay"] = "run"
+        self._whole = range(len(boundary.blocks))
+        self._run, self._captures = self._whole, False
         self._value: Tensor | None = None
+        self._learned: Inputs = {}
         self._tuple_length = 0
         self._output: Any = None
         modules = [module for _, module in boundary.below]
@@ -100,9 +119,7 @@ class Replay:
         boundary = self.boundary
         replaced: list[tuple[nn.Module, Any]] = [(boundary.backbone, self._forward)]
         for index, block in enumerate(boundary.blocks):
-            stand_in = self._below if index < boundary.depth else self._above
-            topmost = index == boundary.depth - 1
-            replaced.append((block, stand_in(block.forward, topmost)))
+            replaced.append((block, self._block(index, block.forward)))
         before = [module.__dict__.get("forward") for module, _ in replaced]
         for module, forward in replaced:
             module.forward = forward
@@ -137,8 +154,9 @@ class Replay:
         with torch.enable_grad():
             self._called(watch, loss)
             inputs, output = calls.pop()
+            self._learned = inputs
             form = self._output_read(inputs, output, loss) if self.boundary.whole else None
-            self.form = form or self._block_output(inputs)
+            self.form = form or self.block_form(self.boundary.depth)
         return self.form
 
     def verify(self, loss: Callable[[], Tensor]) -> None:
@@ -179,31 +197,49 @@ class Replay:
         self._output = type(output)
         return _form(read[0], leaves[read[0]], inputs)
 
-    def _block_output(self, inputs: Inputs) -> Form:
-        value = self._capture(inputs)
+    def block_form(self, depth: int) -> Form:
+        """The form of what the topmost of so many blocks returns, of the batch that was learned.
+
+        Raises:
+            NotReplayableError: it is nothing to keep, or depends on what trains.
+        """
+        value = self._capture(self._learned, range(depth))
         if value.requires_grad:
             raise NotReplayableError("what trains feeds the frozen blocks")
-        return _form(BLOCK, value, inputs)
+        return _form(BLOCK, value, self._learned)
 
-    def _capture(self, inputs: Inputs) -> Tensor:
-        """Run up to the boundary; blocks above it hand their input through."""
-        self._mode = "capture"
+    def _capture(self, inputs: Inputs, blocks: range) -> Tensor:
+        """What the topmost of these blocks returns; those above hand their input through."""
+        self._captures = True
         try:
-            self._real(**inputs)
+            self._running(blocks, inputs)
             value, self._value = self._value, None
         finally:
-            self._mode = "run"
+            self._captures = False
         if value is None:
             raise NotReplayableError("its topmost frozen block does not run")
         return value
 
+    def _running(self, blocks: range, inputs: Inputs) -> Any:
+        """The backbone's output where these blocks alone are run."""
+        self._run = blocks
+        try:
+            return self._real(**inputs)
+        finally:
+            self._run = self._whole
+
     def compute(self, inputs: Inputs) -> Tensor:
         """The boundary's values by the model itself, without autograd."""
         assert self.form is not None
+        first = 0
+        if self.start is not None:
+            self._value = self.start.values(inputs)
+            first = 0 if self._value is None else self.start.depth
         with torch.no_grad():
             if self.form.place == BLOCK:
-                return self._capture(inputs)
-            value: Tensor = self._real(**inputs)[self.form.place]
+                return self._capture(inputs, range(first, self.boundary.depth))
+            blocks = range(first, len(self.boundary.blocks))
+            value: Tensor = self._running(blocks, inputs)[self.form.place]
             return value
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -219,11 +255,11 @@ class Replay:
             return self._real(*args, **kwargs)
         if form.place != BLOCK:
             return self._outputs(inputs["input_ids"].shape[1])
-        self._mode = "replay"
+        self._run = self._whole[self.boundary.depth :]
         try:
             output = self._real(*args, **kwargs)
         finally:
-            self._mode = "run"
+            self._run = self._whole
         if self._value is not None:
             raise RuntimeError("the block at the boundary did not run")
         return output
@@ -260,22 +296,19 @@ class Replay:
             and not any(parameter.requires_grad for parameter in self._parameters)
         )
 
-    def _below(self, real: Callable[..., Any], topmost: bool) -> Callable[..., Any]:
+    def _block(self, index: int, real: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._mode == "replay":
-                value, self._value = (self._value, None) if topmost else (None, self._value)
+            if index < self._run.start:
+                last = index == self._run.start - 1
+                value, self._value = (self._value, None) if last else (None, self._value)
                 return self._returned(args[0] if value is None else value)
+            if index >= self._run.stop:
+                return self._returned(args[0])
             output = real(*args, **kwargs)
-            if topmost and self._mode == "capture":
+            if self._captures and index == self._run.stop - 1:
                 self._tuple_length = len(output) if isinstance(output, tuple) else 0
                 self._value = output[0] if self._tuple_length else output
             return output
-
-        return forward
-
-    def _above(self, real: Callable[..., Any], topmost: bool) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._returned(args[0]) if self._mode == "capture" else real(*args, **kwargs)
 
         return forward
 

@@ -278,6 +278,11 @@ def trunk_cache_dir() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else cache_dir() / "trunk"
 
 
+def kept(key: str) -> bool:
+    """Whether there is such a trunk."""
+    return (trunk_cache_dir() / key / DESCRIPTION).exists()
+
+
 def budget_bytes(setting: str) -> int:
     """How many bytes one trunk may take: a size, or "auto" by what the disk has free.
 

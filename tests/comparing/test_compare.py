@@ -21,6 +21,7 @@ from peftlab.experiment.store import write_experiment
 from peftlab.results.comparison import read_comparison
 from peftlab.results.record import Record
 from peftlab.results.store import read_record, write_record
+from tests.training.conftest import write_task
 
 SETTINGS = ("train.max_steps=3", "train.eval_strategy=no", "optim.warmup_steps=0")
 RECIPES = ("head-only", "lora")
@@ -60,6 +61,29 @@ def test_every_recipe_with_every_seed(compared: CompareResult, task: Path) -> No
     for cell in comparison.cells:
         assert cell.run_dir is not None
         assert cell.model_dump(exclude={"run_dir"}) == read_record(Path(cell.run_dir)).model_dump()
+
+
+def test_who_continues_another_s_trunk_comes_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = write_task(tmp_path, seed=1)  # The trunk of other tests' rows may be kept already.
+    recipes = ("head-only", "lora", "freeze-top1")
+
+    def turns(name: str, *overrides: str) -> tuple[list[str], dict[str, Any]]:
+        compared = run(task, tmp_path / name, recipes, seeds=1, progress=True, overrides=overrides)
+        cells = compared.comparison.cells
+        assert [cell.recipe for cell in cells] == list(recipes)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+        return [line.split()[1] for line in lines], {cell.recipe: cell for cell in cells}
+
+    order, cells = turns("kept")
+    assert order == ["freeze-top1", "lora", "head-only"]
+    assert cells["head-only"].trunk_cache.filled_from == cells["freeze-top1"].trunk_cache.boundary
+    assert cells["freeze-top1"].trunk_cache.filled_from == ""
+    order, alone = turns("alone", "train.trunk_cache=off")
+    assert order == list(recipes)
+    for recipe in recipes:
+        assert alone[recipe].metrics == pytest.approx(cells[recipe].metrics, abs=1e-5)
 
 
 def test_the_same_again_runs_nothing(compared: CompareResult, task: Path) -> None:
@@ -211,7 +235,7 @@ def test_a_cell_that_ends_well_in_spite_of_an_interruption_is_kept_and_the_last(
         return Silent(1, work)
 
     monkeypatch.setattr(CellRunner, "_start", start)
-    monkeypatch.setattr(CellRunner, "check", lambda *_: None)
+    monkeypatch.setattr(CellRunner, "check", lambda *_: {})
     result = run(task, tmp_path)
     assert result.interrupted
     assert [(cell.recipe, cell.seed) for cell in result.comparison.cells] == [("head-only", 0)]

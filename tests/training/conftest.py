@@ -38,9 +38,9 @@ def no_dropout(bert_tiny: str, tmp_path: Path) -> Path:
     return folder
 
 
-def write_task(folder: Path) -> Path:
+def write_task(folder: Path, seed: int = 0) -> Path:
     """A classification task of 160 training rows of 3 to 30 words."""
-    generator = random.Random(0)
+    generator = random.Random(seed)
 
     def rows(count: int) -> list[dict[str, str]]:
         made = []

@@ -93,6 +93,60 @@ def test_a_run_finds_what_another_kept() -> None:
     assert len(find()) == 1
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("bert", "classification"), ("gpt2", "classification"), ("llama", "causal_lm")],
+)
+@pytest.mark.parametrize("above", [HEAD, TOP])
+def test_a_trunk_is_computed_from_what_is_kept_below(
+    architecture: str,
+    kind: str,
+    above: dict[str, Any],
+    trunk_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if kind == "causal_lm" and above is HEAD:
+        above = {**HEAD, "head": True}
+    batch = make(architecture, TOP, kind).batch()
+
+    def filled(method: dict[str, Any], folder: Path) -> tuple[TrunkCache, int, list[Tensor]]:
+        """The cache, the blocks that ran while it was filled, loss and gradients of a replay."""
+        monkeypatch.setenv("PEFTLAB_TRUNK_CACHE", str(folder))
+        case, ran = make(architecture, method, kind), 0
+        cache = case.cache()
+
+        def count(*_: object) -> None:
+            nonlocal ran
+            ran += 1
+
+        with case.opened(cache):
+            for block in case.prepared.boundary.blocks:  # type: ignore[union-attr]
+                # A stand-in for a block's forward may hand through; its parts are not called then.
+                next(block.children()).register_forward_hook(count)
+            cache.fill([batch])
+            computed = ran
+            loss, gradients = case.gradients(batch)
+        return cache, computed, [loss, *gradients.values()]
+
+    lower, _, _ = filled({"kind": "freeze", "top": 2}, trunk_folder)
+    chained, few, found = filled(above, trunk_folder)
+    alone, all_, expected = filled(above, trunk_folder / "alone")
+    assert (lower.usage()["filled_from"], alone.usage()["filled_from"]) == ("", "")
+    assert chained.usage()["filled_from"] == lower.usage()["boundary"] == "block 1 of 3"
+    assert (few, all_) == (1, 2) if above is TOP else (2, 3)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_was_rounded_is_no_start_for_others() -> None:
+    lower, upper = make("bert", {"kind": "freeze", "top": 2}), make("bert", TOP)
+    for case in (lower, upper):
+        cache = case.cache(half=True)
+        with case.opened(cache):
+            cache.fill([case.batch()])
+        assert cache.usage()["filled_from"] == ""
+
+
 @pytest.mark.parametrize("method", [HEAD, TOP])
 def test_one_changed_weight_below_makes_a_miss(method: dict[str, Any]) -> None:
     def key(change: Callable[[Any], None]) -> str:
