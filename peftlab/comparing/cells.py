@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -52,6 +52,7 @@ class CellRunner:
         self._splits: dict[str, Splits] = {}
         self._staying: dict[str, Worker] = {}
         self._alone: set[str] = set()
+        self._plans: dict[str, dict[Hashable, Any]] = {}
         self._context: BaseContext = multiprocessing.get_context("spawn")
         if "forkserver" in multiprocessing.get_all_start_methods():
             server = multiprocessing.get_context("forkserver")
@@ -155,13 +156,16 @@ class CellRunner:
         )
         worker = self._staying.pop(group, None)
         if worker is None or not worker.send(experiment):
-            worker = self._new_worker(experiment, wanted)
+            worker = self._new_worker(experiment, group, wanted)
         try:
-            stays = worker.wait()
+            told = worker.wait()
         except KeyboardInterrupt:
             # The cell got the same signal and is writing its record.
             self.interrupted = True
-            stays = worker.wait()
+            told = worker.wait()
+        if told is not None:
+            self._plans[group] = told.plans
+        stays = told is not None and told.stays
         if stays and wanted:
             self._staying[group] = worker
             return None
@@ -172,12 +176,11 @@ class CellRunner:
             self._alone.add(group)
         return worker.process.exitcode
 
-    def _new_worker(self, experiment: Experiment, wanted: bool) -> Worker:
-        splits = self._read(experiment)
-        if not wanted:
-            return Worker(self._start(_cell, experiment, self._request, splits), None)
+    def _new_worker(self, experiment: Experiment, group: str, wanted: bool) -> Worker:
         ours, theirs = self._context.Pipe()
-        process = self._start(_cell, experiment, self._request, splits, theirs)
+        known = self._plans.get(group, {})
+        splits = self._read(experiment)
+        process = self._start(_cell, experiment, self._request, splits, theirs, wanted, known)
         theirs.close()
         return Worker(process, ours)
 
@@ -233,15 +236,27 @@ class CellRunner:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a process says when its cell is done.
+
+    Args:
+        stays: it waits for another cell.
+        plans: of steps, for the cells after it that differ in seed and learning rate only.
+    """
+
+    stays: bool
+    plans: dict[Hashable, Any]
+
+
+@dataclass(frozen=True)
 class Worker:
-    """A cell's process; ``connection`` where it may stay for others."""
+    """A cell's process, and the connection to it."""
 
     process: BaseProcess
-    connection: Connection | None
+    connection: Connection
 
     def send(self, experiment: Experiment) -> bool:
-        """Let it run another cell; False if it is gone."""
-        assert self.connection is not None
+        """Let one that stayed run another cell; False if it is gone."""
         try:
             self.connection.send(experiment)
             self.connection.recv()
@@ -250,21 +265,19 @@ class Worker:
             return False
         return True
 
-    def wait(self) -> bool:
-        """Wait until its cell is done; whether the process stays."""
-        if self.connection is not None:
-            try:
-                self.connection.recv()
-                return True
-            except (OSError, EOFError):
-                pass
-        self.process.join()
-        return False
+    def wait(self) -> Told | None:
+        """Wait until its cell is done; None if the process ended without a word."""
+        try:
+            told: Told | None = self.connection.recv()
+        except (OSError, EOFError):
+            told = None
+        if told is None or not told.stays:
+            self.process.join()
+        return told
 
     def end(self) -> None:
         """Tell it that nothing comes any more."""
-        if self.connection is not None:
-            self.connection.close()
+        self.connection.close()
         self.process.join()
 
 
@@ -279,18 +292,25 @@ def _cell(
     experiment: Experiment,
     request: Request,
     splits: Splits,
-    connection: Connection | None = None,
+    connection: Connection,
+    wanted: bool,
+    plans: dict[Hashable, Any],
 ) -> None:
-    """What a cell's process does; errors are in its record."""
+    """What a cell's process does; errors are in its record.
+
+    Args:
+        wanted: for later cells, if it can share its model with them.
+        plans: those of earlier cells.
+    """
     from peftlab.models.shared import SharedModel
     from peftlab.sharing import Shared
 
-    shared = Shared(model=SharedModel()) if connection else None
+    shared = Shared(model=SharedModel() if wanted else None, plans=plans)
     try:
         following: Experiment | None = experiment
         while following is not None:
             run_experiment(following, request, splits, shared)
-            following = _following(connection) if shared and _may_stay(shared) else None
+            following = _following(connection, shared)
     except KeyboardInterrupt:
         sys.exit(130)
     except PeftlabError as error:
@@ -298,12 +318,13 @@ def _cell(
         sys.exit(error.exit_code)
 
 
-def _following(connection: Connection | None) -> Experiment | None:
+def _following(connection: Connection, shared: Shared) -> Experiment | None:
     """The next cell for this process, None if there is none."""
-    if connection is None:
-        return None
+    told = Told(_may_stay(shared), shared.plans)
     try:
-        connection.send("done")
+        connection.send(told)
+        if not told.stays:
+            return None
         experiment: Experiment = connection.recv()
         connection.send("started")
     except (OSError, EOFError):

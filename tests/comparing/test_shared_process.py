@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peftlab.comparing import CompareResult, compare
-from peftlab.comparing.cells import Worker, shared_by
+from peftlab.comparing.cells import CellRunner, Worker, shared_by
 from peftlab.experiment.resolve import resolve
 from peftlab.results.comparison import Cell
 from peftlab.run import Request, train
@@ -112,3 +112,28 @@ def test_only_seed_and_learning_rate_may_differ(task: Path) -> None:
     for override in ("train.max_length=8", "optim.weight_decay=0.5", "precision.dtype=bfloat16"):
         assert of() != of("head-only", override)
     assert of() != of("lora")
+
+
+def test_the_plan_of_one_seed_serves_the_others(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, planned = CellRunner._start, 12_345
+
+    def with_marked_plans(self: CellRunner, target: Any, *arguments: Any) -> Any:
+        *others, plans = arguments
+        if isinstance(plans, dict):
+            mark = {"flops_per_step": planned}
+            plans = {key: plan.model_copy(update=mark) for key, plan in plans.items()}
+        return start(self, target, *others, plans)
+
+    monkeypatch.setattr(CellRunner, "_start", with_marked_plans)
+    # All rows are cut to one length: the largest batch has one shape, whatever the seed.
+    overrides = (*SETTINGS, "train.max_length=4")
+    compared = compare(
+        str(task), ["lora"], seeds=2, root=tmp_path, overrides=overrides, progress=False
+    )
+    first, second = compared.comparison.cells
+    assert first.plan is not None
+    assert second.plan is not None
+    assert second.plan["flops_per_step"] == planned != first.plan["flops_per_step"]
+    assert second.plan["memory"] == first.plan["memory"]
