@@ -181,7 +181,6 @@ def test_shards_of_each_process(call: Call) -> None:
     assert (whole["sharding"], whole["gathered_bytes"]) == ("none", 0)
     assert shards["sharding"] == "fsdp"
     assert shards["memory"]["optimizer_bytes"] < whole["memory"]["optimizer_bytes"] / 3
-    assert 0 < shards["gathered_bytes"] <= shards["memory"]["temporary_bytes"]
     said = call(*request, "--sharding", "fsdp")
     assert "each of 4 processes (FSDP shards)" in said.out + said.err
     refused = call(*request[:-1], "1", "--sharding", "fsdp")

