@@ -87,6 +87,13 @@ def _sizes(_: click.Context, __: click.Parameter, text: str | None) -> list[int]
     show_default=True,
     help="That train data-parallel; the plan is each one's.",
 )
+@click.option(
+    "--sharding",
+    type=click.Choice(["none", "fsdp"]),
+    default="none",
+    show_default=True,
+    help="Of parameters, gradients and optimizer state over the processes (FSDP2).",
+)
 @click.option("--memory", help="Does it fit: a size like 24GiB, or a card like rtx4090.")
 @json_option
 def plan(
@@ -102,6 +109,7 @@ def plan(
     dtype: str | None,
     device: Literal["cpu", "cuda"] | None,
     num_processes: int,
+    sharding: Literal["none", "fsdp"],
     memory: str | None,
 ) -> None:
     """Say what recipes need on TASK, or on a model's config alone.
@@ -121,6 +129,7 @@ def plan(
         "device": device,
         "memory_bytes": None if memory is None else memory_of(memory),
         "num_processes": num_processes,
+        "sharding": sharding,
     }
     lengths = parse_distribution(length_distribution) if length_distribution else None
     settings = [*overrides, *([f"precision.dtype={dtype}"] if dtype else [])]
@@ -221,12 +230,17 @@ def _show(cells: list[Cell]) -> None:
 def _show_one(name: str, planned: Plan) -> None:
     rows_tokens = " × ".join(map(str, planned.batch_shape))
     processes = f", each of {planned.num_processes} processes" * (planned.num_processes > 1)
+    if planned.sharding != "none":
+        processes += f" ({planned.sharding.upper()} shards)"
     say(
         f"{name}: micro-batch {rows_tokens} tokens on {planned.device}{processes}; live peak "
         f"{format_bytes(planned.memory.peak_bytes)}, "
         f"reserved {format_bytes(planned.reserved_bytes)}, "
         f"with the process {format_bytes(planned.needed_bytes)}"
     )
+    if planned.gathered_bytes:
+        gathered = format_bytes(planned.gathered_bytes)
+        say(f"{name}: of temporary at the peak, {gathered} are parameters gathered from shards")
     if (average := planned.average) is not None:
         say(
             f"{name}: {average.steps_per_epoch} steps an epoch, on average "

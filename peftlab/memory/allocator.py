@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections import defaultdict
 from dataclasses import dataclass
 
 from peftlab.memory.trace import StepTrace
@@ -133,18 +134,23 @@ def reserved_bytes(
         workspaces: blocks that are there throughout.
         emptied_at: a loop empties the cache after so many events; the most from there on.
     """
-    allocator = CachingAllocator()
+    # Each stream has its own pools; what one gives back, no other takes.
+    allocators: dict[int, CachingAllocator] = defaultdict(CachingAllocator)
     for size in workspaces:
-        allocator.allocate(size)
+        allocators[0].allocate(size)
+    peak = allocators[0].peak_bytes
     blocks: dict[int, _Block] = {}
     sizes: dict[int, int] = {}
     for position, (index, change) in enumerate(trace.events):
         if position == emptied_at:
-            allocator.empty_cache()
-            allocator.peak_bytes = allocator.reserved_bytes
+            for each in allocators.values():
+                each.empty_cache()
+            peak = sum(each.reserved_bytes for each in allocators.values())
+        allocator = allocators[trace.storages[index].stream]
         if index in blocks:
             allocator.release(blocks.pop(index))
         sizes[index] = sizes.get(index, 0) + change
         if sizes[index]:
             blocks[index] = allocator.allocate(sizes[index])
-    return allocator.peak_bytes
+            peak = max(peak, sum(each.reserved_bytes for each in allocators.values()))
+    return peak

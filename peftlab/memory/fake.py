@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peftlab.memory.recall import Recall
+from peftlab.memory.timeline import is_wrapper
 
 MAX_VALUES = 2**22
 """Tensors of more elements do not carry values."""
@@ -112,6 +113,8 @@ class FakeWorld(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is _DEVICE:
             return args[0].device if isinstance(args[0], FakeTensor) else func(*args)
+        if is_wrapper(types):
+            return NotImplemented
         if (nature := self._natures.get(func)) is None:
             nature = self._natures[func] = _Nature.of(func)
         inputs = list(_tensors((*args, *kwargs.values())))
@@ -154,6 +157,9 @@ class FakeWorld(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.mse_loss.default:
             # The kernel makes the differences in its result and reduces them in place.
             _grow(out, args[0].untyped_storage().nbytes())
+        elif func._schema.name == "_c10d_functional::wait_tensor":
+            # The collective is done, in the tensor that was waited for.
+            return args[0]
         elif func is _aten.native_layer_norm.default:
             # Means and deviations are in the weights' type on CPU, and in fp32 on CUDA.
             weight_is_wide = args[2] is not None and args[2].dtype is torch.float32

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from peftlab.memory.flops import flop_formula
 from peftlab.memory.trace import PHASES, Phase, Role, StepTrace, StorageInfo
@@ -24,12 +25,13 @@ CUDA_GRANULARITY = 512
 """CUDA rounds to this many bytes (c10/cuda/CUDACachingAllocator.cpp, ``kMinBlockSize``)."""
 
 _DEVICE = torch.ops.prim.device.default
+_PLAIN = {Tensor, FakeTensor, torch.nn.Parameter}
 
 
 class _Tracked:
     """A storage under observation."""
 
-    __slots__ = ("address", "dead", "forward", "index", "op", "phase", "role", "size")
+    __slots__ = ("address", "dead", "forward", "index", "op", "phase", "role", "size", "stream")
 
     def __init__(self, address: int, index: int, size: int, op: str, phase: str) -> None:
         self.address, self.index, self.size = address, index, size
@@ -37,6 +39,7 @@ class _Tracked:
         self.dead = False
         self.role: Role | None = None
         self.forward: int | None = None
+        self.stream = 0
 
 
 class _Witness:
@@ -99,6 +102,8 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_forward: int | None = None
         self._logits_from: int | None = None
         self._backward_from = 0
+        # Which a model on CPU names as on CUDA; there they do nothing.
+        self._streams = {torch.cpu.current_stream(): 0}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -110,10 +115,20 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError("one timeline runs at a time")
         super().__enter__()  # type: ignore[no-untyped-call]
         Timeline._running = True
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            before = storage.nbytes()
+            result = resize(storage, size)
+            self._resized(storage, before)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         Timeline._running = False
         self._live.clear()
 
@@ -123,6 +138,8 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _DEVICE:
             # The engine asks every gradient; the mode below would answer the same.
             return args[0].device if isinstance(args[0], FakeTensor) else func(*args)
+        if is_wrapper(types):
+            return NotImplemented
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if (operation := self._operations.get(func)) is None:
@@ -132,12 +149,16 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._inside and self._phase == "backward":
             self._follow_recomputation()
         for tensor in (out,) if isinstance(out, Tensor) else _tensors(out):
-            self._see(tensor, operation, args, kwargs)
+            if type(tensor) in _PLAIN:
+                self._see(tensor, operation, args, kwargs)
+            else:
+                for inner in _inside(tensor):
+                    self._see(inner, operation, args, kwargs)
         return out
 
     def adopt(self, tensors: Iterable[Tensor], role: Role) -> None:
         """Give storages a role; those not seen so far are counted from now on."""
-        for tensor in tensors:
+        for tensor in chain.from_iterable(map(_inside, tensors)):
             storage = tensor.untyped_storage()
             tracked = self._find(storage) or self._track(storage, "")
             if tracked is not None:
@@ -196,7 +217,8 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if change < 0:
                 freed_at[index] = position
         storages = tuple(
-            StorageInfo(t.size, self._role(t, freed_at), t.op, t.phase) for t in self._storages
+            StorageInfo(t.size, self._role(t, freed_at), t.op, t.phase, t.stream)
+            for t in self._storages
         )
         start = len(self._events) if self._start is None else self._start
         return StepTrace(
@@ -225,9 +247,25 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 inputs = _tensors((*args, *kwargs.values()))
                 if any(each.untyped_storage()._cdata == tracked.address for each in inputs):
                     tracked.role, tracked.op = "inputs", ""
-        elif (size := self._rounded(storage.nbytes())) != tracked.size:
+        else:
+            self._follow_size(tracked, storage)
+
+    def _follow_size(self, tracked: _Tracked, storage: Any) -> None:
+        if (size := self._rounded(storage.nbytes())) != tracked.size:
             self._events.append((tracked.index, size - tracked.size))
             tracked.size = size
+
+    def _resized(self, storage: Any, before: int) -> None:
+        """No operation tells that a storage was given back while its tensor stays, or came back."""
+        if before and storage.nbytes():
+            return
+        self._bury()
+        if (tracked := self._find(storage)) is not None:
+            self._follow_size(tracked, storage)
+        else:
+            tracked = self._track(storage, "resize_")
+        if tracked is not None and tracked.role in (None, "logits"):
+            tracked.role = "gathered"
 
     def _find(self, storage: Any) -> _Tracked | None:
         tracked = self._live.get(storage._cdata)
@@ -241,6 +279,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         address: int = storage._cdata
         tracked = _Tracked(address, len(self._storages), size, op, self._phase or "")
         tracked.forward = self._in_forward
+        tracked.stream = self._streams.setdefault(torch.cpu.current_stream(), len(self._streams))
         if self._logits_from is not None and self._phase == "forward":
             tracked.role = "logits"
         self._storages.append(tracked)
@@ -284,6 +323,23 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _index = attrgetter("index")
+
+
+def is_wrapper(types: Iterable[type]) -> bool:
+    """Whether tensors of these types take an operation apart themselves, as a ``DTensor`` does.
+
+    A mode then lets them, and sees the operations on what they hold.
+    """
+    return any(hasattr(each, "__tensor_flatten__") for each in types)
+
+
+def _inside(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold storage: of a ``DTensor`` its local shard."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    held = [getattr(tensor, name) for name in names]
+    return [inner for each in held if isinstance(each, Tensor) for inner in _inside(each)]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

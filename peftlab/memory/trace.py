@@ -10,21 +10,27 @@ from typing import Literal
 from peftlab.memory.breakdown import Breakdown
 
 Phase = Literal["forward", "backward", "optimizer"]
-Role = Literal["weights", "gradients", "optimizer", "inputs", "activations", "logits", "temporary"]
+Role = Literal[
+    "weights", "gathered", "gradients", "optimizer", "inputs", "activations", "logits", "temporary"
+]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 _PARTS: dict[str, str] = {role: f"{role}_bytes" for role in ("weights", "gradients", "optimizer")}
 _PARTS |= {"activations": "activations_bytes", "inputs": "activations_bytes"}
-_PARTS |= {"logits": "logits_bytes", "temporary": "temporary_bytes"}
+_PARTS |= {"logits": "logits_bytes", "temporary": "temporary_bytes", "gathered": "temporary_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
 class StorageInfo:
-    """One storage. ``op`` is the operation that returned it, empty if it was there before."""
+    """One storage. ``op`` is the operation that returned it, empty if it was there before.
+
+    ``stream`` numbers the streams that storages were allocated on; 0 is the default one.
+    """
 
     size: int
     role: Role
     op: str = ""
     phase: str = ""
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True)

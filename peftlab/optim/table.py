@@ -21,6 +21,7 @@ class OptimizerInfo:
         state_bits: bits per element and state tensor; tensors of fewer than
             ``min_quantized_size`` elements keep 32.
         paged: state may move to host memory on CUDA; elsewhere it stays where it is.
+        shards: it updates parameters that are sharded over processes (``DTensor``).
     """
 
     summary: str
@@ -30,6 +31,7 @@ class OptimizerInfo:
     state_bits: int = 32
     min_quantized_size: int = 0
     paged: bool = False
+    shards: bool = False
 
 
 _BNB_8BIT = {"state_bits": 8, "min_quantized_size": 4096}
@@ -38,6 +40,7 @@ OPTIMIZERS: Mapping[str, OptimizerInfo] = {
         "AdamW (Loshchilov & Hutter 2019), fused kernel; 8 bytes a parameter",
         "torch.optim:AdamW",
         extra={"fused": True},
+        shards=True,
     ),
     "sgd": OptimizerInfo(
         "SGD; no state without momentum, 4 bytes a parameter with it",

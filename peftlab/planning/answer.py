@@ -52,6 +52,8 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         if batches
         else request.train.gradient_accumulation_steps,
         num_processes=request.num_processes,
+        sharding=request.sharding,
+        gathered_bytes=_gathered(simulation.trace),
         gradient_checkpointing=request.train.gradient_checkpointing,
         reserved_bytes=reserved,
         workspace_bytes=sum(workspaces),
@@ -59,6 +61,13 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         needed_bytes=reserved + context,
         notes=simulation.notes,
     )
+
+
+def _gathered(trace: StepTrace) -> int:
+    """Bytes of gathered parameters at the peak."""
+    _, at, _ = trace.peak()
+    alive = trace.alive(at).items()
+    return sum(size for index, size in alive if trace.storages[index].role == "gathered")
 
 
 def _timeline(trace: StepTrace) -> tuple[TimelinePoint, ...]:

@@ -19,7 +19,7 @@ from peftlab.models.load import load_config
 from peftlab.planning.answer import answer
 from peftlab.planning.average import average_step
 from peftlab.planning.fit import fit
-from peftlab.planning.schema import Device, Plan
+from peftlab.planning.schema import Device, Plan, Sharding
 from peftlab.planning.simulate import PlanRequest
 from peftlab.sharing import Shared
 from peftlab.tasks.base import Splits, TaskKind
@@ -34,12 +34,14 @@ def plan_experiment(
     device: Device | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
+    sharding: Sharding = "none",
     shared: Shared | None = None,
 ) -> Plan:
     """As ``plan``, for an experiment and rows that are already there."""
     size = experiment.train.per_device_train_batch_size
     if seq_len is not None:
-        request = request_of(experiment, kind, splits, (seq_len,) * size, device, num_processes)
+        rows = (seq_len,) * size
+        request = request_of(experiment, kind, splits, rows, device, num_processes, sharding)
         return plan_request(request, memory_bytes)
     shared = shared or Shared()
     tokenizer, features = shared.encoded(experiment, kind, splits)
@@ -47,7 +49,7 @@ def plan_experiment(
     schedule = Schedule(lengths, experiment.train, experiment.seed, num_processes, kind.batch_shape)
     shares = _largest_share(schedule, kind)
     batches = [kind.collate([features[row] for row in share], tokenizer) for share in shares]
-    request = _of_shares(experiment, kind, splits, schedule, shares, device)
+    request = _of_shares(experiment, kind, splits, schedule, shares, device, sharding)
     tokens = sum(_tokens(kind, share, lengths) for share in shares)
     key = _what_decides(request, batches)
     if key not in shared.plans:
@@ -81,11 +83,12 @@ def plan_lengths(
     device: Device | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
+    sharding: Sharding = "none",
 ) -> Plan:
     """As ``plan_experiment``, where only the lengths of the examples are known, not the texts."""
     schedule = Schedule(lengths, experiment.train, experiment.seed, num_processes, kind.batch_shape)
     shares = _largest_share(schedule, kind)
-    request = _of_shares(experiment, kind, splits, schedule, shares, device)
+    request = _of_shares(experiment, kind, splits, schedule, shares, device, sharding)
     # Without texts, every micro-batch of the step is planned like the largest.
     tokens = math.prod(kind.batch_shape(request.lengths)) * len(shares)
     return _with_average(plan_request(request, memory_bytes), schedule, tokens)
@@ -116,11 +119,12 @@ def _of_shares(
     schedule: Schedule,
     shares: Sequence[Sequence[int]],
     device: Device | None,
+    sharding: Sharding,
 ) -> PlanRequest:
     lengths = schedule.plan.lengths
     largest = max(shares, key=lambda share: _tokens(kind, share, lengths))
     chosen = [lengths[row] for row in largest]
-    request = request_of(experiment, kind, splits, chosen, device, schedule.num_processes)
+    request = request_of(experiment, kind, splits, chosen, device, schedule.num_processes, sharding)
     trained = [lengths[row] for row in schedule.trained_rows]
     return replace(request, all_rows=(trained, len(splits.validation) + len(splits.test)))
 
@@ -137,6 +141,7 @@ def request_of(
     lengths: Iterable[int],
     device: Device | None = None,
     num_processes: int = 1,
+    sharding: Sharding = "none",
 ) -> PlanRequest:
     """What the planner needs to know of an experiment."""
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,6 +157,7 @@ def request_of(
         attn_implementation=experiment.model.attn_implementation,
         checkpoint_keys=checkpoint_keys(experiment.model.model_name_or_path),
         num_processes=num_processes,
+        sharding=sharding,
     )
 
 

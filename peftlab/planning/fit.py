@@ -67,6 +67,8 @@ def _variants(request: PlanRequest) -> Iterator[tuple[str, dict[str, Any], PlanR
         texts.append("gradient checkpointing")
         overrides["train.gradient_checkpointing"] = True
         yield " and ".join(texts), dict(overrides), request
+    if request.sharding != "none":
+        return  # Neither of the following shards.
     if OPTIMIZERS.get(request.optim.optim, OPTIMIZERS[_EIGHT_BIT]).state_bits > 8:
         request = replace(request, optim=request.optim.model_copy(update={"optim": _EIGHT_BIT}))
         texts.append("an 8-bit optimizer")

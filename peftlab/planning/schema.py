@@ -8,6 +8,7 @@ from peftlab.config import Config
 from peftlab.results.record import ParameterCounts, PhaseMarks
 
 Device = Literal["cpu", "cuda"]
+Sharding = Literal["none", "fsdp"]
 
 
 class PlannedMemory(Config):
@@ -71,6 +72,8 @@ class Plan(Config):
         context_bytes: an allowance for the process beside its tensors (``memory.cards``).
         needed_bytes: reserved and context together.
         num_processes: that train data-parallel; everything here is of one of them.
+        sharding: of parameters, gradients and optimizer state over the processes.
+        gathered_bytes: of ``memory.temporary_bytes``, whole parameters put together from shards.
         average: None where all examples are taken to be of one length.
         memory_bytes: what there is, if it was asked for.
         fits: None if no memory was given.
@@ -94,6 +97,8 @@ class Plan(Config):
     context_bytes: int
     needed_bytes: int
     num_processes: int = 1
+    sharding: Sharding = "none"
+    gathered_bytes: int = 0
     average: AverageStep | None = None
     memory_bytes: int | None = None
     fits: bool | None = None

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 
 from peftlab.assemble import Prepared, prepare
@@ -34,7 +35,8 @@ from peftlab.optim.build import build_optimizer
 from peftlab.optim.config import OptimConfig
 from peftlab.optim.in_backward import update_in_backward
 from peftlab.planning.parallel import gradient_buckets
-from peftlab.planning.schema import Device
+from peftlab.planning.schema import Device, Sharding
+from peftlab.planning.sharding import check_sharding, fake_group, shard, without_reduction
 from peftlab.results.record import ParameterCounts
 from peftlab.tasks.base import TaskKind
 from peftlab.tasks.packing import pack
@@ -60,6 +62,7 @@ class PlanRequest:
         checkpoint_keys: the tensors of the checkpoint, if there is one: what it lacks of a pooler
             trains with the head.
         num_processes: that train data-parallel; the plan is each one's.
+        sharding: "fsdp" leaves each process its part of parameters, gradients and optimizer state.
         all_rows: tokens of all rows to train on, and how many others will be predicted: whether a
             frozen trunk's activations may be kept. Without rows they may.
     """
@@ -75,6 +78,7 @@ class PlanRequest:
     attn_implementation: str = "sdpa"
     checkpoint_keys: frozenset[str] | None = None
     num_processes: int = 1
+    sharding: Sharding = "none"
     all_rows: tuple[Sequence[int], int] = ((), 0)
 
     def with_train(self, **values: Any) -> PlanRequest:
@@ -115,7 +119,11 @@ def simulate(
         raise IncompatibleError(Problem("train.torch_compile", message, hint))
     batches = batches or synthetic_batches(request)
     try:
-        with fake_world(request.device) as world, ExitStack() as emulated:
+        with (
+            _other_processes(request),
+            fake_world(request.device) as world,
+            ExitStack() as emulated,
+        ):
             if request.device == "cuda":
                 emulated.enter_context(cuda_kernels())
                 emulated.enter_context(cuda_products())
@@ -147,9 +155,19 @@ def simulate(
 def measure(
     request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None = None
 ) -> Simulation:
-    """The same for real, on the CPU with random weights: what a plan can be checked against."""
+    """The same for real, on the CPU with random weights: what a plan can be checked against.
+
+    Shards need as many processes, each of which measures its own.
+    """
     batches = batches or synthetic_batches(request)
     return _two_steps(replace(request, device="cpu"), batches, _num_items(request.kind, batches))
+
+
+def _other_processes(request: PlanRequest) -> AbstractContextManager[None]:
+    if request.sharding == "none":
+        return nullcontext()
+    check_sharding(request)
+    return fake_group(request.num_processes)
 
 
 def _two_steps(
@@ -170,12 +188,16 @@ def _two_steps(
     prepared = prepare(base, request.method, request.kind.traits, request.train)
     model = prepared.model
     saved_bytes = sum(t.nbytes for t in request.method.adapter_state(model).values())
+    if request.sharding == "fsdp":
+        shard(model, request.precision.mixed_precision)
     optimizer, notes = build_optimizer(model, request.optim, prepared.anatomy, request.device)
     if request.optim.optimizer_in_backward:
         update_in_backward(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
     backend = _Backend(request.precision, request.device)
-    backend.prepare(model)
+    if request.sharding == "none":
+        # Else FSDP casts parameters and inputs itself.
+        backend.prepare(model)
     updates = backend.prepare_optimizer(optimizer)
     inputs = [MicroBatch(batch) for batch in batches]
     cuda = request.device == "cuda"
@@ -184,7 +206,8 @@ def _two_steps(
         set_training_mode(model, prepared.trunk)
         running = stack.enter_context(Timeline(CUDA_GRANULARITY)) if cuda else None
         # CUDA's allocator remembers the first step; elsewhere it only brings state into being.
-        buckets = gradient_buckets(trained) if request.num_processes > 1 else []
+        ddp = request.num_processes > 1 and request.sharding == "none"
+        buckets = gradient_buckets(trained) if ddp else []
         first = TimelineMeter(timeline=running, buckets=buckets) if cuda else NullMeter()
         second = TimelineMeter(timeline=running, buckets=buckets)
         meters: tuple[StepMeter, ...] = (first, second)
@@ -302,7 +325,7 @@ class _Backend:
         return self._scaled or optimizer
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return nullcontext()
+        return without_reduction(model) if isinstance(model, FSDPModule) else nullcontext()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from peftlab.experiment.resolve import resolve, resolve_shape
-from peftlab.planning.schema import Device, Plan
+from peftlab.planning.schema import Device, Plan, Sharding
 from peftlab.tasks.base import Splits
 
 
@@ -19,6 +19,7 @@ def plan(
     device: Device | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
+    sharding: Sharding = "none",
 ) -> Plan:
     """Say what an experiment will need, before a weight is loaded.
 
@@ -33,6 +34,8 @@ def plan(
         device: whose kernels and allocator to plan for; by default what this machine has.
         memory_bytes: answer whether it fits into this, and what would make it fit.
         num_processes: that train data-parallel; the plan is each one's.
+        sharding: "fsdp" plans FSDP2 as Accelerate sets it up, of the first process, whose shards
+            are the largest. Runs do not train sharded.
 
     Raises:
         UserError: the request is wrong, or the method cannot be planned.
@@ -42,7 +45,7 @@ def plan(
     experiment = resolve(task, recipe, model=model, overrides=overrides).experiment
     kind = experiment.build_kind()
     return plan_experiment(
-        experiment, kind, kind.read(), seq_len, device, memory_bytes, num_processes
+        experiment, kind, kind.read(), seq_len, device, memory_bytes, num_processes, sharding
     )
 
 
@@ -58,6 +61,7 @@ def plan_shape(
     device: Device | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
+    sharding: Sharding = "none",
 ) -> Plan:
     """As ``plan``, without a task: from a model's config, a batch size and a length.
 
@@ -81,6 +85,9 @@ def plan_shape(
     kind = experiment.build_kind()
     if isinstance(seq_len, Mapping):
         lengths = lengths_of(seq_len)
-        return plan_lengths(experiment, kind, splits, lengths, device, memory_bytes, num_processes)
-    request = request_of(experiment, kind, splits, (seq_len,) * batch_size, device, num_processes)
+        return plan_lengths(
+            experiment, kind, splits, lengths, device, memory_bytes, num_processes, sharding
+        )
+    rows = (seq_len,) * batch_size
+    request = request_of(experiment, kind, splits, rows, device, num_processes, sharding)
     return plan_request(request, memory_bytes)

@@ -171,3 +171,18 @@ def test_gradients_exist_twice_in_data_parallel_training(project: Write, call: C
         for count in ("1", "2")
     ]
     assert steps == [4, 2]
+
+
+def test_shards_of_each_process(call: Call) -> None:
+    shape = ("--task-kind", "classification", "--batch-size", "4", "--seq-len", "12")
+    request = ("plan", "--recipe", "full", "--model", "bert-tiny", *shape, "--num-processes", "4")
+    whole = call(*request, "--json").json
+    shards = call(*request, "--sharding", "fsdp", "--json").json
+    assert (whole["sharding"], whole["gathered_bytes"]) == ("none", 0)
+    assert shards["sharding"] == "fsdp"
+    assert shards["memory"]["optimizer_bytes"] < whole["memory"]["optimizer_bytes"] / 3
+    said = call(*request, "--sharding", "fsdp")
+    assert "each of 4 processes (FSDP shards)" in said.out + said.err
+    refused = call(*request[:-1], "1", "--sharding", "fsdp")
+    assert refused.code == 2
+    assert "--num-processes" in refused.err

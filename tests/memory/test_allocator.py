@@ -10,6 +10,7 @@ from peftlab.memory.allocator import CachingAllocator, cublas_workspaces, reserv
 from peftlab.memory.emulate import cuda_kernels
 from peftlab.memory.fake import fake_world
 from peftlab.memory.timeline import Timeline
+from peftlab.memory.trace import StepTrace, StorageInfo
 from peftlab.units import MIB
 
 
@@ -112,3 +113,15 @@ def test_attention_takes_the_kernel_of_cuda(dtype: torch.dtype, masked: bool, ke
     assert out.shape == query.shape
     assert any(f"_scaled_dot_product_{kernel}_attention.default" in op for op in ops)
     assert any(f"_scaled_dot_product_{kernel}_attention_backward" in op for op in ops)
+
+
+def test_streams_share_nothing() -> None:
+    # The second storage takes the place of the first, unless that is another stream's.
+    for stream, reserved in ((0, 20 * MIB), (1, 40 * MIB)):
+        storages = (
+            StorageInfo(8 * MIB, "temporary"),
+            StorageInfo(8 * MIB, "temporary", stream=stream),
+        )
+        events = ((0, 8 * MIB), (0, -8 * MIB), (1, 8 * MIB))
+        trace = StepTrace(storages, events, 0, (("forward", 0),), (("forward", 3),))
+        assert reserved_bytes(trace, ()) == reserved
