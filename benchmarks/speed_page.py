@@ -62,7 +62,8 @@ an evaluation each epoch and the test of every cell. Once with the cache of the 
 is empty at the start, and once with `--set train.trunk_cache=off`; a ratio is without ÷ with.
 Times of training and evaluation are sums over the cells. *Arithmetic* is the floating-point
 operations of training, counted, filling the cache included: the ratio that training would come to
-if nothing but matrix products took time.
+if nothing but matrix products took time. *Rate* is that over the seconds of training: a replayed
+step has fewer products, and what is none (updates, dropout, norms, Python) is more of its time.
 """
 
 
@@ -192,6 +193,15 @@ def _growth(settings: Sequence[tuple[Entry, list[Entry]]]) -> str:
         flops = [_sum(first[side], "train_flops") for side in ("cached", "uncached")]
         amounts = [f"{amount / 1e12:.1f} TFLOP" for amount in flops]
         rows.append([*what, "", "arithmetic", *amounts, _ratios([flops[1] / flops[0]])])
+        rates = [
+            [
+                _sum(each[side], "train_flops") / _sum(each[side], "train_seconds")
+                for each in entries
+            ]
+            for side in ("cached", "uncached")
+        ]
+        reached = [f"{statistics.median(rate) / 1e9:.0f} GFLOP/s" for rate in rates]
+        rows.append([*what, str(len(entries)), "rate", *reached, ""])
     head = ["recipes", "seeds", "epochs", "pairs", "time of", "cached, s", "uncached, s", "ratio"]
     return _table(head, rows)
 

@@ -149,6 +149,7 @@ def test_the_pages_figures(speed: ModuleType) -> None:
     assert "Source: abc+." in page
     assert "| head-only | 2 | 5 | 1 | the whole command | 2.0 | 9.0 | **4.50** |" in page
     assert "| head-only | 2 | 5 |  | arithmetic | 4.0 TFLOP | 18.0 TFLOP | **4.50** |" in page
+    assert "| head-only | 2 | 5 | 1 | rate | 4000 GFLOP/s | 4000 GFLOP/s |  |" in page
     assert "| training | 1.0 | 4.5 | **4.50** |" in page
     assert "| training and evaluation | 2.0 | 5.5 | **2.75** |" in page
     assert "| head-only | cached | 0.50 | 0.50 | 0.5000 ± 0.0000 |" in page
