@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,21 +20,29 @@ class LowerTrunk:
     """The rows of a trunk of ``depth`` blocks; ``used`` tells that some were asked for and known.
 
     Args:
-        name: of its boundary, for people.
+        description: what its key is made of.
     """
 
-    def __init__(self, depth: int, name: str, form: Form, store: Store) -> None:
-        self.depth, self.name, self.used = depth, name, False
-        self._form, self._store = form, store
+    def __init__(self, depth: int, form: Form, description: dict[str, Any]) -> None:
+        self.depth, self.name, self.used = depth, description["boundary"], False
+        self._form, self._description = form, description
 
     def values(self, inputs: Inputs) -> Tensor | None:
         """See ``replay.Start``."""
-        rows = row_keys(inputs)
-        if rows is None or any(digest not in self._store for digest, _ in rows):
+        rows, store = row_keys(inputs), self._store
+        if rows is None or store is None or any(digest not in store for digest, _ in rows):
             return None
         self.used = True
         ids = inputs["input_ids"]
-        return gathered(self._store, rows, self._form, ids.shape[1], ids.device)
+        return gathered(store, rows, self._form, ids.shape[1], ids.device)
+
+    @functools.cached_property
+    def _store(self) -> Store | None:
+        """Opened, which reads it whole, where a row is missing above; None if it cannot be read."""
+        try:
+            return Store(trunk_cache_dir() / key_of(self._description), self._description)
+        except OSError:
+            return None
 
 
 def find_lower(
@@ -45,9 +54,6 @@ def find_lower(
         replay: that has learned its form.
         storage: of the boundary's values; what was rounded to be stored is no start for others.
         weights: the digests of what lies below the boundary.
-
-    Raises:
-        OSError: the cache cannot be read.
     """
     boundary = replay.boundary
     if boundary.depth < 2:
@@ -61,7 +67,6 @@ def find_lower(
         return None
     for depth in range(boundary.depth - 1, 0, -1):
         description = describe(boundary.lowered(depth), form, storage.name, device, weights)
-        if kept(key := key_of(description)):
-            store = Store(trunk_cache_dir() / key, description)
-            return LowerTrunk(depth, description["boundary"], form, store)
+        if kept(key_of(description)):
+            return LowerTrunk(depth, form, description)
     return None

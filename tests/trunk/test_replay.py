@@ -136,6 +136,8 @@ def test_a_trunk_is_computed_from_what_is_kept_below(
     assert (few, all_) == (1, 2) if above is TOP else (2, 3)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+    again, none, _ = filled(above, trunk_folder)
+    assert (again.usage()["filled_from"], none) == ("", 0)
 
 
 def test_what_was_rounded_is_no_start_for_others() -> None:
