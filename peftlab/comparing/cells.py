@@ -236,8 +236,8 @@ class CellRunner:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a process says when its cell is done.
+class CellDone:
+    """What a process says of itself when its cell is done.
 
     Args:
         stays: it waits for another cell.
@@ -265,10 +265,10 @@ class Worker:
             return False
         return True
 
-    def wait(self) -> Told | None:
+    def wait(self) -> CellDone | None:
         """Wait until its cell is done; None if the process ended without a word."""
         try:
-            told: Told | None = self.connection.recv()
+            told: CellDone | None = self.connection.recv()
         except (OSError, EOFError):
             told = None
         if told is None or not told.stays:
@@ -320,7 +320,7 @@ def _cell(
 
 def _following(connection: Connection, shared: Shared) -> Experiment | None:
     """The next cell for this process, None if there is none."""
-    told = Told(_may_stay(shared), shared.plans)
+    told = CellDone(_may_stay(shared), shared.plans)
     try:
         connection.send(told)
         if not told.stays:

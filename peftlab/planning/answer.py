@@ -53,7 +53,7 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         else request.train.gradient_accumulation_steps,
         num_processes=request.num_processes,
         sharding=request.sharding,
-        gathered_bytes=_gathered(simulation.trace),
+        gathered_bytes=_gathered(simulation.trace) if request.sharding != "none" else 0,
         gradient_checkpointing=request.train.gradient_checkpointing,
         reserved_bytes=reserved,
         workspace_bytes=sum(workspaces),

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
-from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 
 from peftlab.assemble import Prepared, prepare
@@ -194,10 +193,8 @@ def _two_steps(
     if request.optim.optimizer_in_backward:
         update_in_backward(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
-    backend = _Backend(request.precision, request.device)
-    if request.sharding == "none":
-        # Else FSDP casts parameters and inputs itself.
-        backend.prepare(model)
+    backend = _Backend(request.precision, request.device, request.sharding == "fsdp")
+    backend.prepare(model)
     updates = backend.prepare_optimizer(optimizer)
     inputs = [MicroBatch(batch) for batch in batches]
     cuda = request.device == "cuda"
@@ -302,15 +299,17 @@ class _Backend:
 
     num_processes = 1
 
-    def __init__(self, precision: PrecisionConfig, device: Device) -> None:
+    def __init__(self, precision: PrecisionConfig, device: Device, sharded: bool) -> None:
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         self._dtype = dtypes.get(precision.mixed_precision)
         self._scales = precision.mixed_precision == "fp16" and device == "cuda"
         self._scaled: ScaledOptimizer | None = None
+        self._sharded = sharded
 
     def prepare(self, model: nn.Module) -> None:
         """As ``Accelerator.prepare_model``: forward in autocast, outputs in fp32."""
-        if self._dtype is not None:
+        # FSDP casts parameters and inputs itself.
+        if self._dtype is not None and not self._sharded:
             bound: Any = model.forward
             forward = bound.__func__
             within = torch.autocast("cpu", self._dtype)(forward)
@@ -325,7 +324,7 @@ class _Backend:
         return self._scaled or optimizer
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return without_reduction(model) if isinstance(model, FSDPModule) else nullcontext()
+        return without_reduction(model) if self._sharded else nullcontext()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

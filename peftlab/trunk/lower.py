@@ -13,7 +13,7 @@ from torch import Tensor
 from peftlab.trunk.key import describe, key_of
 from peftlab.trunk.replay import Form, Inputs, NotReplayableError, Replay
 from peftlab.trunk.rows import gathered, row_keys, storage_of
-from peftlab.trunk.store import Store, kept, trunk_cache_dir
+from peftlab.trunk.store import Store, is_kept, trunk_cache_dir
 
 
 class LowerTrunk:
@@ -67,6 +67,6 @@ def find_lower(
         return None
     for depth in range(boundary.depth - 1, 0, -1):
         description = describe(boundary.lowered(depth), form, storage.name, device, weights)
-        if kept(key_of(description)):
+        if is_kept(key_of(description)):
             return LowerTrunk(depth, form, description)
     return None

@@ -278,7 +278,7 @@ def trunk_cache_dir() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else cache_dir() / "trunk"
 
 
-def kept(key: str) -> bool:
+def is_kept(key: str) -> bool:
     """Whether there is such a trunk."""
     return (trunk_cache_dir() / key / DESCRIPTION).exists()
 
