@@ -142,7 +142,7 @@ def test_the_step_is_that_of_accelerate(
     request = request_of("bert", "classification", LORA, precision=precision)
     planned = simulate(request)
 
-    def accelerated(precision: PrecisionConfig, device: str) -> Accelerator:
+    def accelerated(precision: PrecisionConfig, device: str, sharded: bool) -> Accelerator:
         accelerator = Accelerator(cpu=True, mixed_precision=precision.mixed_precision)
         monkeypatch.setattr(accelerator, "prepare", accelerator.prepare_model)
         return accelerator
