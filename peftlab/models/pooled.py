@@ -1,8 +1,8 @@
 """Compute and keep only what a sequence classifier's head reads: the last block's first token.
 
-A BERT-like classifier reads one position of the last block's output. That block needs keys and
-values of all positions; query, attention output, feed-forward and norms of the others are work that
-nothing reads: 10 of its 12 h² products a token.
+A BERT-like classifier reads one position of the last block's output. Query, attention output,
+feed-forward and norms of the others are work that nothing reads: 10 of its 12 h² products a token.
+The other two make keys and values, which a single query can do without.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """What the first position reads from all, before the output projection: (batch, 1, width)."""
+    if cache is None and all(_is_plain_matrix(each, hidden_BSH) for each in projections):
+        return _attend_without_keys(attention, projections, first_B1H, hidden_BSH, mask)
     query_BN1D, key_BNSD, value_BNSD = (
         projection(x).view(*x.shape[:2], -1, attention.attention_head_size).transpose(1, 2)
         for projection, x in zip(projections, (first_B1H, hidden_BSH, hidden_BSH), strict=True)
@@ -151,6 +153,60 @@ def _attend(
         **kwargs,
     )
     return attended.reshape(*first_B1H.shape[:2], -1)  # type: ignore[no-any-return]
+
+
+def _is_plain_matrix(module: nn.Module, x: Tensor) -> bool:
+    """Whether calling it multiplies ``x`` with its weight, adds its bias, and does no more."""
+    return (
+        type(module) is nn.Linear
+        and module.weight.dtype is x.dtype
+        # Half precision would round in other places than the model was trained with.
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        )
+    )
+
+
+def _attend_without_keys(
+    attention: Any,
+    projections: tuple[Any, ...],
+    first_B1H: Tensor,
+    hidden_BSH: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """The same from the hidden states themselves: no position's key or value is made.
+
+    For one query a head, q · (K x + c) = (Kᵀ q) · x + q · c, and Σ p (V x + d) = V Σ p x + d Σ p.
+    """
+    query, key, value = projections
+    batch, _, width = hidden_BSH.shape
+    heads_BND = (batch, -1, attention.attention_head_size)
+    query_BND = query(first_B1H).view(heads_BND) * attention.scaling
+    query_NBD, key_NDH = query_BND.transpose(0, 1), key.weight.view(*query_BND.shape[1:], width)
+    asked_BNH = torch.bmm(query_NBD, key_NDH).transpose(0, 1)
+    scores_BNS = torch.bmm(asked_BNH, hidden_BSH.transpose(1, 2))
+    if key.bias is not None:
+        # Softmax takes it out again; it is here for its gradient to be there.
+        scores_BNS = scores_BNS + (query_BND * key.bias.view(query_BND.shape[1:])).sum(-1, True)
+    if mask is not None:
+        seen_B1S = mask[:, 0, :1]
+        if seen_B1S.dtype is torch.bool:
+            scores_BNS = scores_BNS.masked_fill(~seen_B1S, -torch.inf)
+        else:
+            scores_BNS = scores_BNS + seen_B1S
+    kept_BNS = attention.dropout(torch._safe_softmax(scores_BNS, -1))
+    read_NBH = torch.bmm(kept_BNS, hidden_BSH).transpose(0, 1)
+    value_NDH = value.weight.view(key_NDH.shape)
+    attended_BND = torch.bmm(read_NBH, value_NDH.transpose(1, 2)).transpose(0, 1)
+    if value.bias is not None:
+        attended_BND = attended_BND + kept_BNS.sum(-1, True) * value.bias.view(query_BND.shape[1:])
+    return attended_BND.reshape(*first_B1H.shape[:2], -1)
 
 
 _FIRST_TOKEN_FORWARDS: dict[str, _BlockForward] = {
