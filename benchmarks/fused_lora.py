@@ -1,6 +1,7 @@
 """The fused LoRA layer against PEFT's own: time of a training step, and bytes kept for backward.
 
     python benchmarks/fused_lora.py [--threads 2] [--rounds 30] [--batch 32] [--length 28]
+        [--device cuda]
 
 A BERT of MiniLM's shape with random weights, LoRA on all linear layers, both models in one process.
 Steps alternate, and which is first alternates too, so that both meet the same machine. Two ratios
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from pages import wait
 from torch import Tensor, nn
 
 from peftlab.methods.lora import Lora, LoraConfig
@@ -90,8 +92,10 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> float:
     """Seconds of forward and backward."""
     for parameter in model.parameters():
         parameter.grad = None
+    wait(inputs["input_ids"].device)
     begin = time.perf_counter()
     model(**inputs).loss.backward()
+    wait(inputs["input_ids"].device)
     return time.perf_counter() - begin
 
 
@@ -115,20 +119,21 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=28)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    ids = torch.randint(1000, 30000, (options.batch, options.length))
+    ids = torch.randint(1000, 30000, (options.batch, options.length), device=options.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     print("| setting | PEFT s | fused s | median | of fastest | PEFT bytes kept | fused | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     met = True
     for name, (dtype, section, bytes_bar) in SETTINGS.items():
-        models = [build(fused, section, dtype) for fused in (False, True)]
+        models = [build(fused, section, dtype).to(options.device) for fused in (False, True)]
         seconds = rounds(models, inputs, options.rounds)
         ratio = statistics.median(ours / theirs for theirs, ours in seconds)
         before, after = (min(column) for column in zip(*seconds, strict=True))
         # How masks are drawn is not what the times compare; the bytes are those of PEFT's users.
-        own = build(False, section, dtype, fast_dropout=False)
+        own = build(False, section, dtype, fast_dropout=False).to(options.device)
         kept, fused = saved_bytes(own, inputs), saved_bytes(models[1], inputs)
         print(
             f"| {name} | {before:.3f} | {after:.3f} | {ratio:.3f} | {after / before:.3f} "

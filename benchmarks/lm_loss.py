@@ -1,6 +1,6 @@
 """The loss of a language model without its logits, against the plain way: memory, time, result.
 
-    python benchmarks/lm_loss.py [--threads 2] [--rounds 15]
+    python benchmarks/lm_loss.py [--threads 2] [--rounds 15] [--device cuda] [--bf16] [--chunk N]
 
 Embedding, norm and output head of SmolLM2-135M's shape (width 576, vocabulary 49,152) with random
 weights, batch 4 x 512, forward and backward. Both ways alternate in one process; times are the
@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 import transformers
+from pages import wait
 from torch import Tensor, nn
 from torch.nn import functional
 
 from peftlab.memory.meter import TimelineMeter
 from peftlab.models.quiet import quiet_transformers
+from peftlab.tasks import lm_loss
 from peftlab.tasks.lm_loss import loss_sum
 
 MEMORY_BAR, LOSS_BAR = 10, 1e-6
@@ -74,9 +76,11 @@ def step(loss_function: Loss, *arguments: Any) -> tuple[float, float, Tensor]:
     """Seconds of forward and backward, the loss, and the gradient of the norm."""
     model = arguments[0]
     model.zero_grad()
+    wait(arguments[2].device)
     begin = time.perf_counter()
     loss = loss_function(*arguments)
     loss.backward()
+    wait(arguments[2].device)
     return time.perf_counter() - begin, loss.item(), model.model.norm.weight.grad.clone()
 
 
@@ -84,21 +88,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--chunk", type=int, default=lm_loss.CHUNK_ROWS)
+    parser.add_argument("--bf16", action="store_true", help="within autocast")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    ids = torch.randint(49_152, (4, 512), generator=torch.Generator().manual_seed(0))
-    third = torch.where(torch.arange(512) < 512 * 2 // 3, -100, ids)
+    lm_loss.CHUNK_ROWS = options.chunk
+    device = torch.device(options.device)
+    ids = torch.randint(49_152, (4, 512), generator=torch.Generator().manual_seed(0)).to(device)
+    third = torch.where(torch.arange(512, device=device) < 512 * 2 // 3, -100, ids)
+    within = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
     print("| head | targets | MiB, plain | ours | plain ÷ ours | ms, plain | ours | plain ÷ ours |"
           " loss, relative difference | gradient |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     good = True
     for frozen in (True, False):
         for share, labels in (("all", ids), ("a third", third)):
-            arguments = (build(frozen), {"input_ids": ids}, labels)
-            sizes = [logits_bytes(way, *arguments) for way in (plain, loss_sum)]
-            steps = [
-                (step(plain, *arguments), step(loss_sum, *arguments)) for _ in range(options.rounds)
-            ]
+            arguments = (build(frozen).to(device), {"input_ids": ids}, labels)
+            with within, torch.autograd.set_multithreading_enabled(False):
+                sizes = [logits_bytes(way, *arguments) for way in (plain, loss_sum)]
+                steps = [
+                    (step(plain, *arguments), step(loss_sum, *arguments))
+                    for _ in range(options.rounds)
+                ]
             seconds = [min(pair[way][0] for pair in steps) for way in (0, 1)]
             (_, loss, gradient), (_, other, its) = steps[-1]
             off = abs(other - loss) / loss
@@ -107,8 +119,8 @@ def main() -> int:
             good &= memory >= MEMORY_BAR and off <= LOSS_BAR and speed >= 1
             print(
                 f"| {'frozen' if frozen else 'trains'} | {share} | {sizes[0] / 2**20:.0f} | "
-                f"{sizes[1] / 2**20:.0f} | {memory:.1f} | {seconds[0] * 1e3:.0f} | "
-                f"{seconds[1] * 1e3:.0f} | {speed:.2f} | {off:.1e} | {worst:.1e} |",
+                f"{sizes[1] / 2**20:.0f} | {memory:.1f} | {seconds[0] * 1e3:.3g} | "
+                f"{seconds[1] * 1e3:.3g} | {speed:.2f} | {off:.1e} | {worst:.1e} |",
                 flush=True,
             )
     return 0 if good else 1

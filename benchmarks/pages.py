@@ -1,8 +1,10 @@
-"""Sections of a page that a benchmark writes, between comments that name them."""
+"""What benchmarks share: sections of a page between comments that name them, and a clock's wait."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import torch
 
 from peftlab.files import write_text
 
@@ -19,3 +21,9 @@ def write_section(page: Path, name: str, text: str) -> None:
     if not (opened and closed):
         raise SystemExit(f"{page} has no section {begin.strip()} … {end}")
     write_text(page, f"{before}{begin}{text.strip()}\n{end}{after}")
+
+
+def wait(device: torch.device) -> None:
+    """Until what was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

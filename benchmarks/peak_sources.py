@@ -10,7 +10,7 @@ from peftlab.memory.allocator import cublas_workspaces
 from peftlab.models.config import PrecisionConfig
 from peftlab.units import MIB
 
-_LLAMA_3B = {
+LLAMA_3B = {
     "vocab_size": 128256,
     "hidden_size": 3072,
     "intermediate_size": 8192,
@@ -21,7 +21,7 @@ _LLAMA_3B = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }
-_BERT_LARGE = {
+BERT_LARGE = {
     "vocab_size": 30522,
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -70,7 +70,7 @@ METAMATH = Source(
     "method_comparison/MetaMathQA/results/*.json, accelerator_memory_max or cuda_memory_max",
     measured="torch.cuda.max_memory_reserved of the process (run.py, utils.py beside it)",
     model_type="llama",
-    shape=_LLAMA_3B,
+    shape=LLAMA_3B,
     base_params=3_212_749_824,
     kind="causal_lm",
     padded=True,
@@ -84,7 +84,7 @@ GUIDE = Source(
     "github.com/huggingface/transformers at 0016acf7, docs/source/en/perf_train_gpu_one.mdx",
     measured="used memory by NVML after training, less the 1,343 MiB it shows for an idle process",
     model_type="bert",
-    shape=_BERT_LARGE,
+    shape=BERT_LARGE,
     base_params=335_143_938,
     kind="classification",
     padded=False,

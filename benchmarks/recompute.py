@@ -1,7 +1,7 @@
 """Selective recomputation against keeping everything: bytes that backward waits for, and time.
 
     python benchmarks/recompute.py [--threads 2] [--rounds 20] [--dropout 0.1]
-        [--architecture bert | llama]
+        [--architecture bert | llama] [--device cuda]
 
 A classifier of MiniLM's width and depth with random weights, each method in one process. Bytes are
 those that a forward leaves alive, exact. Steps alternate; the ratios are of the fastest of each.
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from pages import wait
 from torch import Tensor, nn
 
 from peftlab.memory.timeline import Timeline
@@ -74,8 +75,10 @@ def step(model: nn.Module, inputs: dict[str, Tensor], clock: Callable[[], float]
     """Seconds of forward and backward."""
     for parameter in model.parameters():
         parameter.grad = None
+    wait(inputs["input_ids"].device)
     begin = clock()
     model(**inputs).loss.backward()
+    wait(inputs["input_ids"].device)
     return clock() - begin
 
 
@@ -105,10 +108,14 @@ def main() -> int:
     parser.add_argument("--architecture", choices=("bert", "llama"), default="bert")
     parser.add_argument("--methods", help="some of: " + ", ".join(METHOD_SECTIONS))
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=32)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    ids = torch.randint(1000, 30000, (32, 32))
+    size = (options.batch, options.length)
+    ids = torch.randint(1000, 30000, size, device=options.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     print("| method | gradients | bytes | selective | ratio | s | selective | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -118,7 +125,7 @@ def main() -> int:
             continue  # Llama has no biases.
         section = METHOD_SECTIONS[name]
         plain, ours = (
-            build(options.architecture, section, options.dropout, selective)
+            build(options.architecture, section, options.dropout, selective).to(options.device)
             for selective in (False, True)
         )
         equal = all(map(torch.equal, gradients(plain, inputs), gradients(ours, inputs)))

@@ -123,8 +123,11 @@ def run_pairs(results: Results, arguments: argparse.Namespace) -> None:
 
 def in_fresh_process(side: str, setting: Setting, method: str, seed: int) -> Result:
     """Train one side in a process that has the libraries loaded and never computed anything."""
+    import torch
+
     context: Any = multiprocessing.get_context("spawn")
-    if "forkserver" in multiprocessing.get_all_start_methods():
+    # Trainer's module asks for CUDA when it is imported, which a forked process cannot repeat.
+    if "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.device_count():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["peftlab.comparing.warm", "transformers.trainer"])
     receiver, sender = context.Pipe(duplex=False)
@@ -216,7 +219,7 @@ def _environment() -> dict[str, Any]:
     from peftlab.training.environment import describe_device, package_versions
 
     # A fork server is started with this process's settings, so all sides have these threads.
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return {
         "device": _processor() if device.type == "cpu" else describe_device(device),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),

@@ -16,7 +16,18 @@ if "PEFTLAB_TRUNK_CACHE" not in os.environ:
     os.environ["PEFTLAB_TRUNK_CACHE"] = tempfile.mkdtemp(prefix="peftlab-trunk-")
     atexit.register(shutil.rmtree, os.environ["PEFTLAB_TRUNK_CACHE"], ignore_errors=True)
 
+import sys
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def device_of_its_own() -> Iterator[None]:
+    """Accelerate decides once a process between CPU and GPU: no test decides for the next."""
+    yield
+    if (accelerate := sys.modules.get("accelerate.state")) is not None:
+        accelerate.PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,11 @@ def _sizes(_: click.Context, __: click.Parameter, text: str | None) -> list[int]
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="precision.dtype."
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="By default what is here.")
+@click.option(
+    "--device",
+    metavar="cpu|cuda|CARD",
+    help="By default the card of --memory, or what is here; a card like h100 decides the kernels.",
+)
 @click.option(
     "--num-processes",
     type=click.IntRange(min=1),
@@ -107,7 +111,7 @@ def plan(
     seq_lens: list[int],
     length_distribution: str | None,
     dtype: str | None,
-    device: Literal["cpu", "cuda"] | None,
+    device: str | None,
     num_processes: int,
     sharding: Literal["none", "fsdp"],
     memory: str | None,
@@ -120,11 +124,13 @@ def plan(
     sizes {"sweep": [plans with "recipe", "batch_size", "seq_len"]}.
     """
     _check_request(task, task_kind, model, batch_sizes, seq_lens, length_distribution)
-    from peftlab.memory.cards import memory_of
+    from peftlab.memory.cards import card_of, memory_of
     from peftlab.planning.average import parse_distribution
     from peftlab.planning.verb import plan as plan_task
     from peftlab.planning.verb import plan_shape
 
+    if device is None and memory is not None and card_of(memory) is not None:
+        device = memory
     asked: dict[str, Any] = {
         "device": device,
         "memory_bytes": None if memory is None else memory_of(memory),

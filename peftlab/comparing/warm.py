@@ -4,11 +4,16 @@ import gc
 import sys
 
 try:
-    import peft  # noqa: F401
     import sklearn.metrics  # noqa: F401
-    import transformers  # noqa: F401
+    import torch
 
-    import peftlab.execute  # noqa: F401
+    # PEFT and bitsandbytes ask for CUDA when they are imported, and a process that has asked cannot
+    # be forked into one that uses it. Counting devices does not ask.
+    if torch.cuda.device_count() == 0:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+
+        import peftlab.execute  # noqa: F401
 
     # None of it goes away: a cell that collects garbage need not look through it, nor copy it.
     gc.collect()

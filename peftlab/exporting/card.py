@@ -198,6 +198,9 @@ def _load_adapter(experiment: Experiment, auto: str, base_kwargs: Mapping[str, A
     return [*lines, ")", "model = PeftModel.from_pretrained(base, folder).eval()"]
 
 
+_TO_DEVICE = "inputs = inputs.to(model.device)"
+
+
 def _use(experiment: Experiment, auto: str) -> list[str]:
     data: Any = experiment.data
     if auto != "AutoModelForCausalLM":
@@ -207,6 +210,7 @@ def _use(experiment: Experiment, auto: str) -> list[str]:
                 f'inputs = tokenizer("a text"{pair}, truncation=True, '
                 f'max_length={experiment.train.max_length}, return_tensors="pt")'
             ),
+            _TO_DEVICE,
             "output = model(**inputs).logits[0]",
         ]
         if experiment.kind == "classification":
@@ -225,6 +229,7 @@ def _use(experiment: Experiment, auto: str) -> list[str]:
         prompt = str(data.prompt)
         shown = re.sub(r"(?<!\{)\{[^{}]+\}", "a text", prompt) if "{" in prompt else "a text"
         lines = [f"prompt = {shown!r}", 'inputs = tokenizer(prompt, return_tensors="pt")']
+    lines.append(_TO_DEVICE)
     tokens = data.max_new_tokens or 20
     return [
         *lines,

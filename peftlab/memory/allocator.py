@@ -6,7 +6,7 @@ import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 
-from peftlab.memory.trace import StepTrace
+from peftlab.memory.trace import StepTrace, StorageInfo
 from peftlab.units import KIB, MIB
 
 # c10/cuda/CUDACachingAllocator.h, default settings: kMinBlockSize, kSmallSize, kSmallBuffer,
@@ -125,10 +125,22 @@ def cublas_workspaces(capability: tuple[int, int] | None) -> tuple[int, int]:
     return size, size
 
 
-def reserved_bytes(
-    trace: StepTrace, workspaces: tuple[int, ...], emptied_at: int | None = None
-) -> int:
-    """The most that the allocator holds over a trace.
+@dataclass(frozen=True)
+class Replay:
+    """A trace as the allocator lived it.
+
+    Args:
+        reserved_bytes: the most that it held.
+        trace: the same with the sizes of blocks in place of tensors', and what is there throughout:
+            what ``torch.cuda.memory_allocated`` counts.
+    """
+
+    reserved_bytes: int
+    trace: StepTrace
+
+
+def replay(trace: StepTrace, workspaces: tuple[int, ...], emptied_at: int | None = None) -> Replay:
+    """Allocate and release block by block what a trace did.
 
     Args:
         workspaces: blocks that are there throughout.
@@ -136,9 +148,11 @@ def reserved_bytes(
     """
     # Each stream has its own pools; what one gives back, no other takes.
     allocators: dict[int, CachingAllocator] = defaultdict(CachingAllocator)
-    for size in workspaces:
-        allocators[0].allocate(size)
+    kept = [allocators[0].allocate(size) for size in workspaces]
     peak = allocators[0].peak_bytes
+    count, known = len(kept), len(trace.storages)
+    events = [(known + number, block.size) for number, block in enumerate(kept)]
+    storages = [StorageInfo(block.size, "temporary", "cublas") for block in kept]
     blocks: dict[int, _Block] = {}
     sizes: dict[int, int] = {}
     for position, (index, change) in enumerate(trace.events):
@@ -147,10 +161,21 @@ def reserved_bytes(
                 each.empty_cache()
             peak = sum(each.reserved_bytes for each in allocators.values())
         allocator = allocators[trace.storages[index].stream]
+        before = after = 0
         if index in blocks:
+            before = blocks[index].size
             allocator.release(blocks.pop(index))
         sizes[index] = sizes.get(index, 0) + change
         if sizes[index]:
             blocks[index] = allocator.allocate(sizes[index])
+            after = blocks[index].size
             peak = max(peak, sum(each.reserved_bytes for each in allocators.values()))
-    return peak
+        events.append((index, after - before))
+    on_blocks = StepTrace(
+        storages=(*trace.storages, *storages),
+        events=tuple(events),
+        start=trace.start + count,
+        entered=tuple((phase, at + count) for phase, at in trace.entered),
+        left=tuple((phase, at + count) for phase, at in trace.left),
+    )
+    return Replay(peak, on_blocks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from peftlab.config import Config
 
 
@@ -29,3 +31,10 @@ class Breakdown(Config):
     temporary_bytes: int
     peak_bytes: int
     peak_moment: str
+
+    def raised_to(self, peak_bytes: int) -> Self:
+        """The same of a peak that an allocator counts, where what no tensor needs is temporary."""
+        unseen = peak_bytes - self.peak_bytes
+        return self.model_copy(
+            update={"temporary_bytes": self.temporary_bytes + unseen, "peak_bytes": peak_bytes}
+        )

@@ -2,14 +2,14 @@
 
 Fake tensors on ``cuda`` abort a CPU-only torch at the first autograd operation, so the tensors stay
 on the CPU and the choices that torch makes by device are made here as on CUDA: which attention
-kernel runs, what it keeps and needs inside, what dropout keeps, what autocast casts, how fp16
-losses are scaled.
+kernel runs, what dropout keeps, what autocast casts, how fp16 losses are scaled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -19,21 +19,24 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional
 
 from peftlab.memory.autocast import cuda_autocast
+from peftlab.memory.cards import Chip
 
 MAX_FLASH_HEAD_DIM = 256
-"""Flash attention's limit (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+MAX_CUDNN_HEAD_DIM = 128
+"""Limits of the kernels (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+_PREFER_CUDNN = (9, 10)
 _HALF = (torch.float16, torch.bfloat16)
 _aten: Any = torch.ops.aten
 
 
 @contextmanager
-def cuda_kernels() -> Iterator[None]:
+def cuda_kernels(chip: Chip = Chip()) -> Iterator[None]:  # noqa: B008 (it never changes)
     """Inside, attention and autocast take the paths they would take on CUDA."""
     # A TorchFunctionMode is popped during backward: checkpointing's recomputation would miss it.
     with (
         cuda_autocast(),
         _fused_dropout(),
-        mock.patch.object(functional, "scaled_dot_product_attention", _attention),
+        mock.patch.object(functional, "scaled_dot_product_attention", _Attention(chip)),
     ):
         yield
 
@@ -87,146 +90,82 @@ class _NeverOverflows(GradScaler):
         return optimizer.step(*args, **kw)
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Flash where nothing is masked, in half precision; else memory-efficient, as CUDA prefers.
+@dataclass(frozen=True)
+class _Attention:
+    """``scaled_dot_product_attention`` by the kernel that a chip would take.
 
-    All of shape (batch, heads, seq, head_dim).
-    """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(dtype)
-    head_dim = query.shape[-1]
-    if attn_mask is None and query.dtype in _HALF and head_dim <= MAX_FLASH_HEAD_DIM:
-        scale = head_dim**-0.5 if scale is None else scale
-        if head_dim % 8:
-            padding = (0, 8 - head_dim % 8)
-            query, key, value = (functional.pad(t, padding) for t in (query, key, value))
-        flash: Any = _Flash
-        made: Tensor = flash.apply(query, key, value, dropout_p, is_causal, scale)
-        return made[..., :head_dim]
-    if enable_gqa:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
-    bias = None if attn_mask is None else _bias(attn_mask, query, key)
-    inputs = [tensor for tensor in (query, key, value, bias) if tensor is not None]
-    keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    efficient: Any = _Efficient
-    out: Tensor = efficient.apply(query, key, value, bias, keeps, dropout_p, is_causal, scale)
-    return out
-
-
-class _Flash(torch.autograd.Function):
-    """Flash attention, whose backward needs more than its inputs and results.
-
-    A gradient of the queries in fp32, a sum for each of them, and gradients of keys and values for
-    every head of the queries where those are shared: ``mha_bwd`` in
-    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    All tensors of shape (batch, heads, seq, head_dim). ``_fused_sdp_choice`` of torch 2.13 on an
+    H100 says: cuDNN in half precision without dropout; else flash without a mask; else, as in fp32,
+    memory-efficient, which has no shared heads, so that those are computed step by step. cuDNN is
+    preferred from Hopper on (``check_prefer_cudnn_attention`` in sdp_utils.cpp).
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
+    chip: Chip
+
+    def __call__(
+        self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        out, logsumexp, *lengths, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(dtype)
+        shared, head_dim = key.shape[1] != query.shape[1], query.shape[-1]
+        half = query.dtype in _HALF
+        bias = None if attn_mask is None else _additive(attn_mask, query.dtype)
+        keeps = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias)
         )
-        ctx.save_for_backward(query, key, value, out, logsumexp, seed, offset)
-        ctx.settings = (*lengths, dropout_p, is_causal), scale
-        result: Tensor = out
-        return result
+        cudnn = self.chip.capability[0] in _PREFER_CUDNN and head_dim <= MAX_CUDNN_HEAD_DIM
+        made: Tensor
+        if half and cudnn and head_dim % 8 == 0 and not dropout_p:
+            made = _aten._scaled_dot_product_cudnn_attention(
+                query, key, value, bias, keeps, dropout_p, is_causal, False, scale=scale
+            )[0]
+        elif half and bias is None and head_dim <= MAX_FLASH_HEAD_DIM and self._has_flash:
+            scale = head_dim**-0.5 if scale is None else scale
+            if head_dim % 8:
+                padding = (0, 8 - head_dim % 8)
+                query, key, value = (functional.pad(t, padding) for t in (query, key, value))
+            made = _aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0][..., :head_dim]
+        elif shared and enable_gqa:
+            made = _aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale,
+                enable_gqa=True,
+            )[0]  # fmt: skip
+        else:
+            bias = None if bias is None else _padded(bias, query, key)
+            made = _aten._scaled_dot_product_efficient_attention(
+                query, key, value, bias, keeps, dropout_p, is_causal, scale=scale
+            )[0]
+        return made
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        query, key, value, out, logsumexp, seed, offset = ctx.saved_tensors
-        settings, scale = ctx.settings
-        batch, heads, length, head_dim = query.shape
-        rows = batch * heads * _rounded(length, 128)
-        workspace = [_floats(rows * _rounded(head_dim, 32)), _floats(rows)]
-        if key.shape[1] != heads:
-            shared = (batch, heads, key.shape[2], head_dim)
-            workspace += [key.new_empty(shared), key.new_empty(shared)]
-        inputs = _aten._scaled_dot_product_flash_attention_backward(
-            gradients[0], query, key, value, out, logsumexp, *settings, seed, offset, scale=scale
-        )
-        del workspace
-        return *inputs, None, None, None
-
-
-class _Efficient(torch.autograd.Function):
-    """Memory-efficient attention; its backward adds up the queries' gradient in fp32.
-
-    ``workspace_elements_gq`` and ``delta`` in mem_eff_attention/kernel_backward.h and
-    attention_backward.cu beside it, with blocks of 64.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        keeps: bool,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        out, logsumexp, seed, offset = _aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, keeps, dropout_p, is_causal, scale=scale
-        )
-        ctx.save_for_backward(query, key, value, bias, out, logsumexp, seed, offset)
-        ctx.settings = dropout_p, is_causal, scale
-        result: Tensor = out
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        dropout_p, is_causal, scale = ctx.settings
-        saved = ctx.saved_tensors
-        query = saved[0]
-        batch, heads, length, head_dim = query.shape
-        rows = batch * heads * _rounded(length, 64)
-        workspace = [_floats(rows * _rounded(head_dim, 64)), _floats(rows)]
-        wanted = list(ctx.needs_input_grad[:4])
-        inputs = _aten._scaled_dot_product_efficient_attention_backward(
-            gradients[0], *saved, dropout_p, wanted, is_causal, scale=scale
-        )
-        del workspace
-        found = [gradient if want else None for gradient, want in zip(inputs, wanted, strict=True)]
-        return *found, None, None, None, None
+    @property
+    def _has_flash(self) -> bool:
+        return self.chip.capability >= (8, 0)
 
 
-def _rounded(count: int, block: int) -> int:
-    return -(-count // block) * block
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``convert_boolean_attn_mask`` in ATen/native/transformers/attention.cpp."""
+    if mask.dtype is not torch.bool:
+        return mask
+    zero, low = (torch.scalar_tensor(value, dtype=dtype) for value in (0.0, float("-inf")))
+    return torch.where(mask, zero, low)
 
 
-def _floats(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.float32)
-
-
-def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The mask as the kernel takes it: additive, its rows padded to 16, for every head."""
-    if mask.dtype is torch.bool:
-        zero = torch.zeros((), dtype=query.dtype)
-        mask = torch.where(mask, zero, torch.full((), float("-inf"), dtype=query.dtype))
-    width = mask.shape[-1]
-    if width % 16:
-        mask = functional.pad(mask, (0, 16 - width % 16))[..., :width]
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+def _padded(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """As the memory-efficient kernel takes it: its rows of a multiple of 8, for every head."""
+    width = bias.shape[-1]
+    if width % 8:
+        bias = functional.pad(bias, (0, 8 - width % 8))[..., :width]
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])

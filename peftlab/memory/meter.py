@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.memory.breakdown import Breakdown
+from peftlab.memory.cards import Chip
 from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
 from peftlab.memory.trace import PHASES, StepMarks, StepTrace
 
@@ -193,14 +194,7 @@ class CudaMeter(TimelineMeter):
         peaks = {phase: self._peaks.get(phase, self._start_bytes) for phase in PHASES}
         ends = {phase: self._ends.get(phase, self._start_bytes) for phase in PHASES}
         moment = max(PHASES, key=peaks.__getitem__)
-        seen = self.trace.breakdown(moment)
-        unseen = peaks[moment] - seen.peak_bytes
-        breakdown = seen.model_copy(
-            update={
-                "temporary_bytes": seen.temporary_bytes + unseen,
-                "peak_bytes": peaks[moment],
-            }
-        )
+        breakdown = self.trace.breakdown(moment).raised_to(peaks[moment])
         marks = StepMarks(
             start_bytes=self._start_bytes,
             forward_end_bytes=ends["forward"],
@@ -282,6 +276,16 @@ def _watch_logits(model: nn.Module, timeline: Timeline) -> Callable[[], None]:
             handle.remove()
 
     return remove
+
+
+def chip_here() -> Chip:
+    """That of the current CUDA device."""
+    properties = torch.cuda.get_device_properties()
+    return Chip(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.max_threads_per_multi_processor,
+    )
 
 
 def available_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Every storage that lives during an optimizer step, for real tensors and for fake ones alike.
 
-Memory inside an operation (a kernel's workspace) is not seen, nor are reads or writes: a storage
-counts from the operation that returns it until its last reference is dropped.
+A storage counts from the operation that returns it until its last reference is dropped. What a
+kernel allocates inside is counted where its formula is known (kernels.py) and not seen else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from peftlab.memory.flops import flop_formula
+from peftlab.memory.kernels import Kernels
 from peftlab.memory.trace import PHASES, Phase, Role, StepTrace, StorageInfo
 
 CUDA_GRANULARITY = 512
@@ -79,13 +80,15 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         granularity: sizes are rounded up to a multiple of this many bytes; 1 on CPU.
+        kernels: of the device that is stood for, whose kernels allocate what no operation returns.
     """
 
     _running: ClassVar[bool] = False
 
-    def __init__(self, granularity: int = 1) -> None:
+    def __init__(self, granularity: int = 1, kernels: Kernels | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
+        self._kernels = kernels
         self._granularity = granularity
         self._operations: dict[Any, _Operation] = {}
         self._storages: list[_Tracked] = []
@@ -148,12 +151,16 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += operation.flops(*args, **kwargs, out_val=out)
         if self._inside and self._phase == "backward":
             self._follow_recomputation()
+        if self._kernels is not None:
+            self._leave_on_host(func, out)
         for tensor in (out,) if isinstance(out, Tensor) else _tensors(out):
             if type(tensor) in _PLAIN:
                 self._see(tensor, operation, args, kwargs)
             else:
                 for inner in _inside(tensor):
                     self._see(inner, operation, args, kwargs)
+        if self._kernels is not None:
+            self._hold(self._kernels.inside(func, args), operation.name)
         return out
 
     def adopt(self, tensors: Iterable[Tensor], role: Role) -> None:
@@ -250,6 +257,24 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self._follow_size(tracked, storage)
 
+    def _leave_on_host(self, func: Any, out: Any) -> None:
+        """Mark the storages of results that are not on the device there."""
+        assert self._kernels is not None
+        for number in self._kernels.on_host(func):
+            out[number].untyped_storage()._peftlab_on_host = True
+
+    def _hold(self, sizes: Iterable[int], op: str) -> None:
+        """Blocks that an operation needed inside, and has given back."""
+        held = []
+        for size in map(self._rounded, sizes):
+            tracked = _Tracked(0, len(self._storages), size, op, self._phase or "")
+            tracked.role = "temporary"
+            self._bury()
+            self._storages.append(tracked)
+            self._events.append((tracked.index, size))
+            held.append(tracked)
+        self._events += [(each.index, -each.size) for each in held]
+
     def _follow_size(self, tracked: _Tracked, storage: Any) -> None:
         if (size := self._rounded(storage.nbytes())) != tracked.size:
             self._events.append((tracked.index, size - tracked.size))
@@ -274,7 +299,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _track(self, storage: Any, op: str) -> _Tracked | None:
         size = self._rounded(storage.nbytes())
-        if size == 0:
+        if size == 0 or hasattr(storage, "_peftlab_on_host"):
             return None
         address: int = storage._cdata
         tracked = _Tracked(address, len(self._storages), size, op, self._phase or "")

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from peftlab.errors import AssetError, IncompatibleError, Problem, UnknownNameError
 from peftlab.models.config import ModelConfig, PrecisionConfig
 from peftlab.models.embedded import embedded_models, embedded_path
-from peftlab.models.quantized import backbone_prefix, is_pooler, quantization_config
+from peftlab.models.quantized import (
+    backbone_prefix,
+    is_pooler,
+    quantization_config,
+    settle_quantized,
+)
 from peftlab.models.quiet import quiet_transformers
 from peftlab.registry import did_you_mean
 
@@ -138,11 +143,7 @@ def load_model(
     new = sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
     _check_weights(model, loaded, auto_class, new, sorted(info["unexpected_keys"]))
     loaded.newly_initialized = tuple(new)
-    for module in loaded.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # In its first evaluation bitsandbytes would repack the weights, with scales rounded to
-            # bf16, for a kernel through which no gradient flows.
-            module.support_avx512bf16_for_cpu = False
+    settle_quantized(loaded)
     generation = getattr(loaded, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = config.get_text_config().pad_token_id

@@ -67,6 +67,7 @@ def quantize_shell(model: PreTrainedModel, quantization: Quantization, bf16: boo
         made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         made.source_cls = type(module)
         model.set_submodule(name, made)
+    settle_quantized(model)
     marked: Any = model
     marked.is_quantized = True
     marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = (
@@ -76,6 +77,20 @@ def quantize_shell(model: PreTrainedModel, quantization: Quantization, bf16: boo
     if quantization == "int8":
         return ["planned as if no activation were an outlier of int8's threshold"]
     return []
+
+
+def settle_quantized(model: nn.Module) -> None:
+    """Do to 4-bit layers now what bitsandbytes would do while they compute, or keep it from it."""
+    module: Any
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        # In its first evaluation it would repack the weights, with scales rounded to bf16, for a
+        # kernel through which no gradient flows.
+        module.support_avx512bf16_for_cpu = False
+        if module.bias is not None:
+            # Its forward casts the bias for good, and a frozen parameter would change.
+            module.bias.data = module.bias.data.to(module.compute_dtype)
 
 
 def _in_4_bits(weight: torch.Tensor, config: Any) -> Any:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-import torch
 from torch import Tensor
 
-from peftlab.memory.allocator import cublas_workspaces, reserved_bytes
+from peftlab.memory.allocator import cublas_workspaces, replay
 from peftlab.memory.cards import CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES
 from peftlab.memory.trace import StepTrace
 from peftlab.planning.schema import Plan, PlannedMemory, TimelinePoint
@@ -28,13 +27,15 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         IncompatibleError: the method cannot be put on this model, or cannot be planned.
     """
     simulation = simulate(request, batches)
-    breakdown = simulation.trace.breakdown()
+    trace, breakdown = simulation.trace, simulation.trace.breakdown()
     reserved = breakdown.peak_bytes
     workspaces: tuple[int, ...] = ()
     if request.device == "cuda":
-        here = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-        workspaces = cublas_workspaces(here)
-        reserved = max(reserved, reserved_bytes(simulation.trace, workspaces))
+        workspaces = cublas_workspaces(request.chip.capability)
+        replayed = replay(trace, workspaces)
+        moment, _, peak = replayed.trace.peak()
+        breakdown = trace.breakdown(moment).raised_to(peak)
+        trace, reserved = replayed.trace, replayed.reserved_bytes
     context = CUDA_CONTEXT_BYTES if request.device == "cuda" else CPU_PROCESS_BYTES
     shapes = [tuple(batch["input_ids"].shape) for batch in batches or () if "input_ids" in batch]
     rows, tokens = max(shapes) if shapes else request.kind.batch_shape(request.lengths)
@@ -42,8 +43,8 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         params=simulation.params,
         memory=PlannedMemory(**breakdown.model_dump(exclude={"peak_moment"})),
         peak_moment=breakdown.peak_moment,
-        marks=PhaseMarks(**asdict(simulation.trace.marks())),
-        timeline=_timeline(simulation.trace),
+        marks=PhaseMarks(**asdict(trace.marks())),
+        timeline=_timeline(trace),
         saved_bytes=simulation.saved_bytes,
         flops_per_step=simulation.flops,
         device=request.device,

@@ -14,6 +14,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from peftlab.errors import ConfigError, Problem
 from peftlab.experiment.schema import Experiment
+from peftlab.memory.cards import Chip, card_named
+from peftlab.memory.meter import chip_here
 from peftlab.models.checkpoint import checkpoint_keys
 from peftlab.models.load import load_config
 from peftlab.planning.answer import answer
@@ -31,7 +33,7 @@ def plan_experiment(
     kind: TaskKind[Any],
     splits: Splits,
     seq_len: int | None = None,
-    device: Device | None = None,
+    device: str | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
     sharding: Sharding = "none",
@@ -80,7 +82,7 @@ def plan_lengths(
     kind: TaskKind[Any],
     splits: Splits,
     lengths: Sequence[int],
-    device: Device | None = None,
+    device: str | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
     sharding: Sharding = "none",
@@ -118,7 +120,7 @@ def _of_shares(
     splits: Splits,
     schedule: Schedule,
     shares: Sequence[Sequence[int]],
-    device: Device | None,
+    device: str | None,
     sharding: Sharding,
 ) -> PlanRequest:
     lengths = schedule.plan.lengths
@@ -139,12 +141,12 @@ def request_of(
     kind: TaskKind[Any],
     splits: Splits,
     lengths: Iterable[int],
-    device: Device | None = None,
+    device: str | None = None,
     num_processes: int = 1,
     sharding: Sharding = "none",
 ) -> PlanRequest:
     """What the planner needs to know of an experiment."""
-    here: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernels, chip = _device(device)
     return PlanRequest(
         config=_config(experiment, kind.model_kwargs(splits)),
         kind=kind,
@@ -153,12 +155,28 @@ def request_of(
         precision=experiment.precision,
         lengths=tuple(lengths),
         train=experiment.train,
-        device=device or here,
+        device=kernels,
+        chip=chip,
         attn_implementation=experiment.model.attn_implementation,
         checkpoint_keys=checkpoint_keys(experiment.model.model_name_or_path),
         num_processes=num_processes,
         sharding=sharding,
     )
+
+
+def _device(name: str | None) -> tuple[Device, Chip]:
+    """Whose kernels to plan for; without a name, those of this machine.
+
+    Raises:
+        ConfigError: no such card.
+    """
+    if name in (None, "cuda") and torch.cuda.is_available():
+        return "cuda", chip_here()
+    if name in (None, "cpu"):
+        return "cpu", Chip()
+    if name == "cuda":
+        return "cuda", Chip()
+    return "cuda", card_named(name, "--device").chip
 
 
 def plan_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -19,9 +22,17 @@ from transformers import PretrainedConfig
 
 from peftlab.assemble import Prepared, prepare
 from peftlab.errors import IncompatibleError, Problem, UserError
+from peftlab.memory.cards import Chip
 from peftlab.memory.emulate import ScaledOptimizer, cuda_kernels
 from peftlab.memory.fake import fake_world
-from peftlab.memory.meter import NullMeter, StepMeter, TimelineMeter
+from peftlab.memory.kernels import Kernels
+from peftlab.memory.meter import (
+    CudaMeter,
+    NullMeter,
+    StepMeasurement,
+    StepMeter,
+    TimelineMeter,
+)
 from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
 from peftlab.memory.trace import StepTrace
 from peftlab.methods.base import Method
@@ -58,6 +69,7 @@ class PlanRequest:
         train: for what changes a step: accumulation, checkpointing, the trunk's mode; the size of a
             micro-batch is that of ``lengths``.
         device: whose kernels and allocator to plan for.
+        chip: of the card, on CUDA.
         checkpoint_keys: the tensors of the checkpoint, if there is one: what it lacks of a pooler
             trains with the head.
         num_processes: that train data-parallel; the plan is each one's.
@@ -74,6 +86,7 @@ class PlanRequest:
     lengths: tuple[int, ...]
     train: TrainConfig = field(default_factory=TrainConfig)
     device: Device = "cpu"
+    chip: Chip = field(default_factory=Chip)
     attn_implementation: str = "sdpa"
     checkpoint_keys: frozenset[str] | None = None
     num_processes: int = 1
@@ -92,6 +105,7 @@ class Simulation:
     Args:
         trace: the step; on CUDA its events before ``start`` are those of the first step.
         saved_bytes: the tensors of the adapter's file.
+        measured: what the device's allocator counted of it; None for a plan.
     """
 
     trace: StepTrace
@@ -99,6 +113,7 @@ class Simulation:
     saved_bytes: int
     flops: int
     notes: tuple[str, ...]
+    measured: StepMeasurement | None = None
 
 
 def simulate(
@@ -124,7 +139,7 @@ def simulate(
             ExitStack() as emulated,
         ):
             if request.device == "cuda":
-                emulated.enter_context(cuda_kernels())
+                emulated.enter_context(cuda_kernels(request.chip))
                 emulated.enter_context(cuda_products())
                 emulated.enter_context(cuda_dropout())
                 if request.method.traits.is_peft:
@@ -154,12 +169,23 @@ def simulate(
 def measure(
     request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None = None
 ) -> Simulation:
-    """The same for real, on the CPU with random weights: what a plan can be checked against.
+    """The same for real, on the request's device with random weights: what a plan is checked with.
 
     Shards need as many processes, each of which measures its own.
     """
     batches = batches or synthetic_batches(request)
-    return _two_steps(replace(request, device="cpu"), batches, _num_items(request.kind, batches))
+    items = _num_items(request.kind, batches)
+    if request.device == "cpu":
+        return _two_steps(request, batches, items)
+    # Nothing of what ran before may count: cached blocks, workspaces of cuBLAS, a precision.
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=request.precision.mixed_precision)
+    moved = [{k: v.to(accelerator.device) for k, v in batch.items()} for batch in batches]
+    with accelerator.device:
+        return _two_steps(request, moved, items, accelerator)
 
 
 def _other_processes(request: PlanRequest) -> AbstractContextManager[None]:
@@ -170,8 +196,12 @@ def _other_processes(request: PlanRequest) -> AbstractContextManager[None]:
 
 
 def _two_steps(
-    request: PlanRequest, batches: Sequence[Mapping[str, Tensor]], num_items: int
+    request: PlanRequest,
+    batches: Sequence[Mapping[str, Tensor]],
+    num_items: int,
+    accelerator: Accelerator | None = None,
 ) -> Simulation:
+    """``accelerator``: of a machine that has the request's device; else what stands for it."""
     base = build_from_config(
         request.config,
         request.kind.traits.auto_class,
@@ -192,21 +222,34 @@ def _two_steps(
     optimizer, notes = build_optimizer(model, request.optim, prepared.anatomy, request.device)
     if request.optim.optimizer_in_backward:
         update_in_backward(optimizer)
+    if accelerator is not None:
+        # Weights come from the CPU in one go, and leave no holes where they were made.
+        if request.precision.quantization is None:
+            model.to("cpu")
+        gc.collect()
+        torch.cuda.empty_cache()
     trained = [p for p in model.parameters() if p.requires_grad]
-    backend = _Backend(request.precision, request.device, request.sharding == "fsdp")
+    backend: Any = accelerator or _Backend(
+        request.precision, request.device, request.sharding == "fsdp"
+    )
     backend.prepare(model)
     updates = backend.prepare_optimizer(optimizer)
     inputs = [MicroBatch(batch) for batch in batches]
-    cuda = request.device == "cuda"
+    cuda = request.device == "cuda" and accelerator is None
     with ExitStack() as stack:
         stack.enter_context(_replayed_trunk(prepared, request, backend, batches[0]))
         set_training_mode(model, prepared.trunk)
-        running = stack.enter_context(Timeline(CUDA_GRANULARITY)) if cuda else None
+        timeline = Timeline(CUDA_GRANULARITY, Kernels(request.chip))
+        running = stack.enter_context(timeline) if cuda else None
         # CUDA's allocator remembers the first step; elsewhere it only brings state into being.
         ddp = request.num_processes > 1 and request.sharding == "none"
         buckets = gradient_buckets(trained) if ddp else []
         first = TimelineMeter(timeline=running, buckets=buckets) if cuda else NullMeter()
-        second = TimelineMeter(timeline=running, buckets=buckets)
+        second = (
+            TimelineMeter(timeline=running, buckets=buckets)
+            if accelerator is None
+            else CudaMeter(accelerator.device)
+        )
         meters: tuple[StepMeter, ...] = (first, second)
         for meter in meters:
             with meter.step(model, optimizer, batches):
@@ -223,12 +266,14 @@ def _two_steps(
                 )
             optimizer.zero_grad()
     said = (*noticed, *notes, *request.method.notes)
-    return Simulation(second.trace, prepared.params, saved_bytes, second.result().flops, said)
+    measurement = second.result()
+    measured = None if accelerator is None else measurement
+    return Simulation(second.trace, prepared.params, saved_bytes, measurement.flops, said, measured)
 
 
 @contextmanager
 def _replayed_trunk(
-    prepared: Prepared, request: PlanRequest, backend: _Backend, batch: Mapping[str, Tensor]
+    prepared: Prepared, request: PlanRequest, backend: Any, batch: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """In here a frozen trunk is replayed, as in a run that keeps its activations."""
     boundary = prepared.boundary

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from peftlab.experiment.resolve import resolve, resolve_shape
-from peftlab.planning.schema import Device, Plan, Sharding
+from peftlab.planning.schema import Plan, Sharding
 from peftlab.tasks.base import Splits
 
 
@@ -16,7 +16,7 @@ def plan(
     model: str | None = None,
     overrides: Iterable[str] = (),
     seq_len: int | None = None,
-    device: Device | None = None,
+    device: str | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
     sharding: Sharding = "none",
@@ -31,7 +31,8 @@ def plan(
         overrides: ``section.key=value`` texts; the batch size is
             ``train.per_device_train_batch_size``.
         seq_len: tokens of every example, ``train.max_length`` or less.
-        device: whose kernels and allocator to plan for; by default what this machine has.
+        device: whose kernels and allocator to plan for: "cpu", "cuda" or a card like "h100"; by
+            default what this machine has.
         memory_bytes: answer whether it fits into this, and what would make it fit.
         num_processes: that train data-parallel; the plan is each one's.
         sharding: "fsdp" plans FSDP2 as Accelerate sets it up, of the first process, whose shards
@@ -58,7 +59,7 @@ def plan_shape(
     seq_len: int | Mapping[int, float],
     num_labels: int = 2,
     overrides: Iterable[str] = (),
-    device: Device | None = None,
+    device: str | None = None,
     memory_bytes: int | None = None,
     num_processes: int = 1,
     sharding: Sharding = "none",

@@ -27,6 +27,8 @@ def test_a_run_fits_and_learns_the_same(
     limits: tuple[int, int], project: Write, call: Call
 ) -> None:
     whole, one = limits
+    if whole == one:
+        pytest.skip("CUDA reserves the same for one tiny example and for eight")
     records = []
     for name, memory in (("whole", whole), ("less", whole - 1)):
         settings = ("--auto-batch-size", "--memory", str(memory), "--run-dir", name, "--quiet")

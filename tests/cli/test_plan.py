@@ -159,6 +159,7 @@ def test_a_distribution_has_a_longest_batch_and_an_average(call: Call, write: Wr
 
 def test_gradients_exist_twice_in_data_parallel_training(project: Write, call: Call) -> None:
     request = ("plan", "films", "--recipe", "full", "--model", "bert-tiny", "--json")
+    request += ("--device", "cpu")
     alone = call(*request, "--seq-len", "12").json
     shared = call(*request, "--seq-len", "12", "--num-processes", "2").json
     buckets = 4 * alone["params"]["trainable"]

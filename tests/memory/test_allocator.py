@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional
 
-from peftlab.memory.allocator import CachingAllocator, cublas_workspaces, reserved_bytes
-from peftlab.memory.emulate import cuda_kernels
-from peftlab.memory.fake import fake_world
+from peftlab.memory.allocator import CachingAllocator, cublas_workspaces, replay
 from peftlab.memory.timeline import Timeline
 from peftlab.memory.trace import StepTrace, StorageInfo
 from peftlab.units import MIB
@@ -76,43 +73,24 @@ def test_replay_with_a_cache_emptied_before_the_step() -> None:
         timeline.begin()
         torch.empty(40 * MIB, dtype=torch.uint8)
     trace = timeline.trace()
-    assert reserved_bytes(trace, ()) == 80 * MIB  # 40 fit into the block of 50
-    assert reserved_bytes(trace, (), emptied_at=trace.start) == 40 * MIB
-    assert reserved_bytes(trace, (), emptied_at) == 70 * MIB  # the gradient's block stays
+    assert replay(trace, ()).reserved_bytes == 80 * MIB  # 40 fit into the block of 50
+    assert replay(trace, (), emptied_at=trace.start).reserved_bytes == 40 * MIB
+    assert replay(trace, (), emptied_at).reserved_bytes == 70 * MIB  # the gradient's block stays
 
 
 def test_workspaces_by_architecture() -> None:
     assert cublas_workspaces(None) == cublas_workspaces((8, 9)) == (8_519_680, 8_519_680)
     assert cublas_workspaces((9, 0)) == cublas_workspaces((10, 0)) == (32 * MIB, 32 * MIB)
     trace = trace_of(30 * MIB).trace()
-    assert reserved_bytes(trace, (32 * MIB, 32 * MIB)) == 94 * MIB
-    assert reserved_bytes(trace, cublas_workspaces(None)) == 50 * MIB  # both in one of 20 MiB
+    assert replay(trace, (32 * MIB, 32 * MIB)).reserved_bytes == 94 * MIB
+    assert (
+        replay(trace, cublas_workspaces(None)).reserved_bytes == 50 * MIB
+    )  # both in one of 20 MiB
 
 
 def test_replay_of_a_trace() -> None:
     trace = trace_of(30 * MIB, 20 * MIB, 40 * MIB).trace()
-    assert reserved_bytes(trace, workspaces=()) == 70 * MIB
-
-
-@pytest.mark.parametrize(
-    ("dtype", "masked", "kernel"),
-    [
-        (torch.bfloat16, False, "flash"),
-        (torch.bfloat16, True, "efficient"),
-        (torch.float32, False, "efficient"),
-    ],
-)
-def test_attention_takes_the_kernel_of_cuda(dtype: torch.dtype, masked: bool, kernel: str) -> None:
-    with fake_world(), cuda_kernels(), Timeline() as timeline:
-        timeline.begin()
-        query = torch.empty(2, 4, 10, 16, dtype=dtype, requires_grad=True)
-        mask = torch.ones(2, 1, 10, 10, dtype=torch.bool) if masked else None
-        out = functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
-        out.sum().backward()
-    ops = [storage.op for storage in timeline.trace().storages]
-    assert out.shape == query.shape
-    assert any(f"_scaled_dot_product_{kernel}_attention.default" in op for op in ops)
-    assert any(f"_scaled_dot_product_{kernel}_attention_backward" in op for op in ops)
+    assert replay(trace, ()).reserved_bytes == 70 * MIB
 
 
 def test_streams_share_nothing() -> None:
@@ -124,4 +102,4 @@ def test_streams_share_nothing() -> None:
         )
         events = ((0, 8 * MIB), (0, -8 * MIB), (1, 8 * MIB))
         trace = StepTrace(storages, events, 0, (("forward", 0),), (("forward", 3),))
-        assert reserved_bytes(trace, ()) == reserved
+        assert replay(trace, ()).reserved_bytes == reserved

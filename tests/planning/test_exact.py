@@ -7,14 +7,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from peftlab.errors import IncompatibleError
+from peftlab.memory.meter import chip_here
 from peftlab.methods import METHODS
 from peftlab.models.config import PrecisionConfig
 from peftlab.models.tiny import tiny_config
 from peftlab.optim.config import OptimConfig
+from peftlab.planning.answer import answer
 from peftlab.planning.simulate import PlanRequest, measure, simulate
 from peftlab.tasks import TASK_KINDS
 from peftlab.training.config import TrainConfig
@@ -95,6 +98,24 @@ def test_every_event_as_in_a_real_step(
     assert (planned.params, planned.saved_bytes) == (real.params, real.saved_bytes)
     assert planned.flops == real.flops > 0
     assert planned.notes == real.notes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("architecture", "kind", "method", "overrides"), CASES)
+def test_every_mark_as_the_allocator_of_cuda_counts(
+    architecture: str, kind: str, method: dict[str, Any], overrides: dict[str, Any]
+) -> None:
+    """Live bytes at the ends and peaks of the phases, and what is reserved, to the byte."""
+    request = request_of(architecture, kind, method, **overrides)
+    request = replace(request, device="cuda", chip=chip_here())
+    planned, real = answer(request), measure(request)
+    assert real.measured is not None
+    assert planned.marks.model_dump() == asdict(real.measured.marks)
+    assert planned.memory.peak_bytes == real.measured.breakdown.peak_bytes
+    assert planned.memory.weights_bytes == real.measured.breakdown.weights_bytes
+    assert planned.reserved_bytes == real.measured.reserved_bytes
+    assert (planned.params, planned.saved_bytes) == (real.params, real.saved_bytes)
+    assert planned.flops_per_step == real.flops
 
 
 @pytest.mark.parametrize("train", [TrainConfig(), SELECTIVE], ids=["keep", "selective"])

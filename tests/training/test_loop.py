@@ -58,7 +58,7 @@ def script_scores(
 
 
 def kept(loop: Loop) -> dict[str, Tensor]:
-    return dict(loop.job.method.training_state(loop.model))
+    return {name: t.cpu() for name, t in loop.job.method.training_state(loop.model).items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -234,7 +234,7 @@ def test_tokens_weigh_the_same_however_they_are_batched(
     torch.testing.assert_close(heard.losses, expected, rtol=0, atol=1e-5)
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(
-            loop.model.get_parameter(name), parameter, rtol=0, atol=1e-5, msg=name
+            loop.model.get_parameter(name).cpu(), parameter, rtol=0, atol=1e-5, msg=name
         )
     assert heard.losses[-1] < heard.losses[0]
 

@@ -93,7 +93,7 @@ def oracle_losses(assembly: Assembly, loop: Any, folder: Path) -> tuple[list[flo
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         seed=experiment.seed,
     )
     trainer = Oracle(
