@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peftlab.memory.allocator import cublas_workspaces
+from peftlab.memory.cards import CARDS, Chip
 from peftlab.models.config import PrecisionConfig
 from peftlab.units import MIB
 
@@ -45,6 +46,7 @@ class Source:
         keeps_softmax_input: torch 1.10 kept it for backward.
         empties_cache: before the longest batch, the loop empties the allocator's cache and then
             lets go of the gradients of the step before.
+        chip: that it ran on.
         workspaces: of cuBLAS, in the allocator since torch 2.0 (github.com/pytorch/pytorch/issues/
             95668).
     """
@@ -57,6 +59,7 @@ class Source:
     kind: Literal["causal_lm", "classification"]
     padded: bool
     holds_outputs: bool
+    chip: Chip
     context_bytes: int = 0
     attention: str = "sdpa"
     keeps_softmax_input: bool = False
@@ -76,7 +79,8 @@ METAMATH = Source(
     padded=True,
     holds_outputs=True,
     empties_cache=True,
-    workspaces=cublas_workspaces(None),
+    chip=CARDS["l40s"].chip,
+    workspaces=cublas_workspaces(CARDS["l40s"].chip.capability),
 )
 GUIDE = Source(
     title="transformers' guide to training on one GPU: bert-large-uncased, classification, "
@@ -87,6 +91,7 @@ GUIDE = Source(
     shape=BERT_LARGE,
     base_params=335_143_938,
     kind="classification",
+    chip=CARDS["v100-16gb"].chip,
     padded=False,
     holds_outputs=False,
     context_bytes=1343 * MIB,

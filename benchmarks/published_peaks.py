@@ -126,6 +126,7 @@ def request_of(peak: Peak) -> tuple[PlanRequest, list[dict[str, Tensor]]]:
         lengths=tuple(lengths),
         train=TrainConfig(gradient_checkpointing=peak.checkpointing),
         device="cuda",
+        chip=source.chip,
         attn_implementation=source.attention,
     )
     return request, [batch] * peak.accumulation

@@ -130,7 +130,7 @@ def assemble(
 
     Args:
         tokenizer: the model's, where it is loaded already.
-        shared: keeps the base model for later runs, if nothing of it but the head trains.
+        shared: keeps the base model for later runs, if a trunk of it stays frozen.
 
     Raises:
         IncompatibleError: the task or the method does not work with this model.
@@ -152,8 +152,10 @@ def assemble(
         raise IncompatibleError(problems)
     method = experiment.build_method()
     prepared = prepare(base, method, kind.traits, experiment.train)
-    if shared and not (prepared.boundary.reaches_head and shared.frozen_in(prepared.model)):
+    if shared and isinstance(prepared.boundary, NoBoundary):
         shared.drop()
+    elif shared:
+        shared.part_with(prepared.model)
     return Assembly(
         experiment=experiment,
         kind=kind,

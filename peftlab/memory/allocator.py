@@ -111,7 +111,7 @@ class CachingAllocator:
         del pool[at]
 
 
-def cublas_workspaces(capability: tuple[int, int] | None) -> tuple[int, int]:
+def cublas_workspaces(capability: tuple[int, int]) -> tuple[int, int]:
     """What cuBLAS keeps for the threads of forward and of backward, in bytes.
 
     ``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp: ``:4096:2:16:8``, and
@@ -119,9 +119,9 @@ def cublas_workspaces(capability: tuple[int, int] | None) -> tuple[int, int]:
     none between operations. cuBLASLt shares them, or takes 1 MiB of its own.
 
     Args:
-        capability: compute capability of the card; None where it is not known, an older one then.
+        capability: compute capability of the card.
     """
-    size = _LARGE_WORKSPACE if capability is not None and capability[0] >= 9 else _WORKSPACE
+    size = _LARGE_WORKSPACE if capability[0] >= 9 else _WORKSPACE
     return size, size
 
 

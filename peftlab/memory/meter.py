@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import psutil
@@ -93,7 +94,7 @@ class TimelineMeter:
         timeline: Timeline | None = None,
         buckets: Sequence[Tensor] = (),
     ) -> None:
-        self._granularity = granularity
+        self._own = partial(Timeline, granularity)
         self._buckets = buckets
         self._running = timeline
         self._timeline: Timeline | None = None
@@ -107,7 +108,7 @@ class TimelineMeter:
     ) -> Iterator[None]:
         self._trace = None
         with ExitStack() as stack:
-            timeline = self._running or stack.enter_context(Timeline(self._granularity))
+            timeline = self._running or stack.enter_context(self._own())
             timeline.adopt(model.parameters(), "weights")
             timeline.adopt(model.buffers(), "weights")
             timeline.adopt(_quantization_statistics(model), "weights")
@@ -158,6 +159,7 @@ class CudaMeter(TimelineMeter):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(CUDA_GRANULARITY)
+        self._own = partial(Timeline, CUDA_GRANULARITY, device=device.type)
         self._device = device
         self._start_bytes = 0
         self._reserved_bytes = 0

@@ -81,13 +81,17 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         granularity: sizes are rounded up to a multiple of this many bytes; 1 on CPU.
         kernels: of the device that is stood for, whose kernels allocate what no operation returns.
+        device: the type of device whose storages count; all, by default.
     """
 
     _running: ClassVar[bool] = False
 
-    def __init__(self, granularity: int = 1, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self, granularity: int = 1, kernels: Kernels | None = None, device: str | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
+        self._device = device
         self._kernels = kernels
         self._granularity = granularity
         self._operations: dict[Any, _Operation] = {}
@@ -268,7 +272,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = []
         for size in map(self._rounded, sizes):
             tracked = _Tracked(0, len(self._storages), size, op, self._phase or "")
-            tracked.role = "temporary"
+            tracked.role = "kernel"
             self._bury()
             self._storages.append(tracked)
             self._events.append((tracked.index, size))
@@ -299,7 +303,8 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _track(self, storage: Any, op: str) -> _Tracked | None:
         size = self._rounded(storage.nbytes())
-        if size == 0 or hasattr(storage, "_peftlab_on_host"):
+        elsewhere = self._device is not None and storage.device.type != self._device
+        if size == 0 or elsewhere or hasattr(storage, "_peftlab_on_host"):
             return None
         address: int = storage._cdata
         tracked = _Tracked(address, len(self._storages), size, op, self._phase or "")

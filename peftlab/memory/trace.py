@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -11,12 +11,14 @@ from peftlab.memory.breakdown import Breakdown
 
 Phase = Literal["forward", "backward", "optimizer"]
 Role = Literal[
-    "weights", "gathered", "gradients", "optimizer", "inputs", "activations", "logits", "temporary"
-]
+    "weights", "gathered", "gradients", "optimizer", "inputs", "activations", "logits", "temporary",
+    "kernel",
+]  # fmt: skip
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 _PARTS: dict[str, str] = {role: f"{role}_bytes" for role in ("weights", "gradients", "optimizer")}
 _PARTS |= {"activations": "activations_bytes", "inputs": "activations_bytes"}
 _PARTS |= {"logits": "logits_bytes", "temporary": "temporary_bytes", "gathered": "temporary_bytes"}
+_PARTS |= {"kernel": "temporary_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,18 @@ class StepTrace:
             backward_peak_bytes=peaks["backward"],
             optimizer_end_bytes=ends["optimizer"],
             optimizer_peak_bytes=peaks["optimizer"],
+        )
+
+    def of_tensors(self) -> StepTrace:
+        """The same without the blocks that kernels held inside, which no tensor shows."""
+        shown = [self.storages[index].role != "kernel" for index, _ in self.events]
+        before = list(accumulate(shown, initial=0))
+        return replace(
+            self,
+            events=tuple(event for event, show in zip(self.events, shown, strict=True) if show),
+            start=before[self.start],
+            entered=tuple((phase, before[at]) for phase, at in self.entered),
+            left=tuple((phase, before[at]) for phase, at in self.left),
         )
 
     def alive(self, at: int) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""One pretrained model for several runs that train nothing of it but what is new."""
+"""One pretrained model for several runs, each of which trains a part of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SharedModel:
 
     Every run gets modules of its own whose pretrained tensors are the same storage; what the
     checkpoint did not hold is drawn for each from the global random state, as ``load_model`` draws
-    it. Pretrained tensors must not be written to in place: see ``drop``.
+    it. What a run writes to must be parted with first.
     """
 
     def __init__(self) -> None:
@@ -47,13 +47,15 @@ class SharedModel:
         torch.set_rng_state(after)
         return model
 
-    def frozen_in(self, model: nn.Module) -> bool:
-        """Whether a run of ``model`` writes to nothing that is kept."""
+    def part_with(self, model: nn.Module) -> None:
+        """Give what a run of ``model`` trains storage of its own, so that what is kept stays."""
         kept = {tensor.data_ptr() for tensor in _tensors(self._kept)} if self._kept else set()
-        return not any(p.requires_grad and p.data_ptr() in kept for p in model.parameters())
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.data_ptr() in kept:
+                parameter.data = parameter.data.clone()
 
     def drop(self) -> None:
-        """Keep nothing: what was loaded will be trained, or nothing comes after it."""
+        """Keep nothing: what was loaded will be trained whole, or nothing comes after it."""
         self._kept = None
 
 

@@ -34,7 +34,7 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
         workspaces = cublas_workspaces(request.chip.capability)
         replayed = replay(trace, workspaces)
         moment, _, peak = replayed.trace.peak()
-        breakdown = trace.breakdown(moment).raised_to(peak)
+        breakdown = trace.of_tensors().breakdown(moment).raised_to(peak)
         trace, reserved = replayed.trace, replayed.reserved_bytes
     context = CUDA_CONTEXT_BYTES if request.device == "cuda" else CPU_PROCESS_BYTES
     shapes = [tuple(batch["input_ids"].shape) for batch in batches or () if "input_ids" in batch]

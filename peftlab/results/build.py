@@ -226,6 +226,17 @@ def _saving(value: float | None, reference: float | None) -> float | None:
     return 100 * (1 - value / reference) if value is not None and reference else None
 
 
+def _reused(recipe: str, done: Sequence[Cell]) -> str:
+    """In how many of its runs another's activations served; empty if in none."""
+    runs = [cell for cell in done if cell.recipe == recipe]
+    count = sum(
+        bool(kept.filled_from) or (bool(kept.key) and kept.computed_rows < (cell.train_rows or 0))
+        for cell in runs
+        for kept in (cell.trunk_cache,)
+    )
+    return f"{recipe} ({count} of {len(runs)} runs)" if count else ""
+
+
 def _notes(cells: Sequence[Cell], rows: Sequence[Row], reference: Reference) -> Iterable[str]:
     done = [cell for cell in cells if cell.status == "ok"]
     single = [row.recipe for row in rows if row.seeds_ok == 1]
@@ -250,6 +261,11 @@ def _notes(cells: Sequence[Cell], rows: Sequence[Row], reference: Reference) -> 
     places = [cell.environment for cell in done if cell.environment]
     if len({(place.device, place.num_threads, place.num_processes) for place in places}) > 1:
         yield "The runs had different devices, threads or processes: do not compare their times."
+    if reused := [text for row in rows if (text := _reused(row.recipe, done))]:
+        yield (
+            f"Activations of frozen blocks were there already in {', '.join(reused)}: these "
+            "training times leave out what other runs had computed."
+        )
     if len({json.dumps(place.versions, sort_keys=True) for place in places}) > 1:
         yield "The runs used different versions of the libraries."
     if any(row.difference_to_best and row.difference_to_best.varies == "seeds" for row in rows):

@@ -32,11 +32,6 @@ class Boundary:
     below: tuple[tuple[str, nn.Module], ...]
     whole: bool
 
-    @property
-    def reaches_head(self) -> bool:
-        """Whether all blocks lie below the line: nothing but the head and a pooler train."""
-        return self.depth == len(self.blocks)
-
     def lowered(self, depth: int) -> Boundary:
         """The line above fewer blocks of the same trunk."""
         topmost = self.blocks[depth - 1]
@@ -49,11 +44,6 @@ class NoBoundary:
     """Nothing can be kept; ``reason`` says why."""
 
     reason: str
-
-    @property
-    def reaches_head(self) -> bool:
-        """Never."""
-        return False
 
 
 def find_boundary(

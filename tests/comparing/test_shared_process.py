@@ -1,4 +1,4 @@
-"""Cells that train nothing but a head share a process, and nobody can tell by their results."""
+"""Cells with a frozen trunk share a process, and nobody can tell by their results."""
 
 from __future__ import annotations
 
@@ -44,10 +44,13 @@ def test_a_shared_process_gives_what_solo_runs_give(task: Path, tmp_path: Path) 
         "fast",
         "method: {kind: freeze, top: 0}\noptim: {learning_rate: 2e-2, weight_decay: 0.01}\n",
     )
-    comparison = run(task, tmp_path / "shared", "head-only", fast, "lora", seeds=2).comparison
+    recipes = ("head-only", fast, "freeze-top1", "lora")
+    comparison = run(task, tmp_path / "shared", *recipes, seeds=2).comparison
     name = Path(fast).stem
     cells = comparison.cells
-    assert shared(cells) == [("head-only", 1), (name, 0), (name, 1)]
+    assert shared(cells) == [
+        ("head-only", 1), (name, 0), (name, 1), ("freeze-top1", 1)
+    ]  # fmt: skip
     for cell in cells:
         recipe = fast if cell.recipe == name else cell.recipe
         request = Request(root=tmp_path / "solo", progress=False)

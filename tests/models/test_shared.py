@@ -41,11 +41,14 @@ def test_what_is_new_is_drawn_as_loading_draws_it(bert_tiny: str) -> None:
         torch.nn.init.ones_(model.get_parameter(model.newly_initialized[0]))
         model.requires_grad_(False)
     assert all(parameter.requires_grad for parameter in kept.get(load).parameters())
-    assert kept.frozen_in(model)
-    model.bert.pooler.requires_grad_(True)
-    assert kept.frozen_in(model)
-    model.bert.encoder.layer[0].attention.self.query.bias.requires_grad_(True)
-    assert not kept.frozen_in(model)
+    query = model.bert.encoder.layer[0].attention.self.query
+    query.bias.requires_grad_(True)
+    kept.part_with(model)
+    with torch.no_grad():
+        query.bias += 1
+    again = kept.get(load).bert.encoder.layer[0].attention.self.query
+    assert torch.equal(again.bias + 1, query.bias)
+    assert again.weight.data_ptr() == query.weight.data_ptr()
     assert kept.nbytes > 0
     kept.drop()
     assert kept.nbytes == 0

@@ -9,7 +9,7 @@ import pytest
 from peftlab.errors import RunFolderError
 from peftlab.results.build import build_comparison
 from peftlab.results.comparison import read_comparison, write_comparison
-from peftlab.results.record import Environment
+from peftlab.results.record import Environment, TrunkCache
 from peftlab.results.store import write_predictions
 
 T2 = 4.30265
@@ -135,6 +135,25 @@ def test_notes(make_cell: Any) -> None:
     assert "One seed: no spread for full, lora" in notes
     assert "do not compare their times" in notes
     assert "different versions" in notes
+
+
+def test_times_without_what_other_runs_computed_are_named(make_cell: Any) -> None:
+    alone = TrunkCache(key="a", boundary="blocks[4]", computed_rows=3000, replayed_rows=9000)
+    again = TrunkCache(key="a", boundary="blocks[4]", replayed_rows=9000)
+    above = TrunkCache(key="b", boundary="blocks[5]", filled_from="blocks[4]", computed_rows=3000)
+    rows = {"train_rows": 2000}
+    cells = [
+        make_cell("freeze-top2", 0, 0.8, trunk_cache=alone, **rows),
+        make_cell("freeze-top2", 1, 0.8, trunk_cache=again, **rows),
+        make_cell("freeze-top1", 0, 0.8, trunk_cache=above, **rows),
+        make_cell("freeze-top1", 1, 0.8, trunk_cache=again, **rows),
+        make_cell("lora", 0, 0.8, **rows),
+        make_cell("lora", 1, 0.8, **rows),
+    ]
+    (note,) = (note for note in build_comparison(cells).notes if "frozen blocks" in note)
+    assert "in freeze-top2 (1 of 2 runs), freeze-top1 (2 of 2 runs): these training times" in note
+    own = [cell for cell in cells if cell.trunk_cache in (alone, TrunkCache())]
+    assert not any("frozen blocks" in note for note in build_comparison(own).notes)
 
 
 def test_cells_that_do_not_belong_together(make_cell: Any) -> None:
