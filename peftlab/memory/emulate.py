@@ -21,8 +21,8 @@ from torch.nn import functional
 from peftlab.memory.autocast import cuda_autocast
 from peftlab.memory.cards import Chip
 
-MAX_FLASH_HEAD_DIM = 256
-MAX_CUDNN_HEAD_DIM = 128
+_MAX_FLASH_HEAD_DIM = 256
+_MAX_CUDNN_HEAD_DIM = 128
 """Limits of the kernels (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 _PREFER_CUDNN = (9, 10)
 _HALF = (torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ _aten: Any = torch.ops.aten
 
 
 @contextmanager
-def cuda_kernels(chip: Chip = Chip()) -> Iterator[None]:  # noqa: B008 (it never changes)
+def cuda_kernels(chip: Chip) -> Iterator[None]:
     """Inside, attention and autocast take the paths they would take on CUDA."""
     # A TorchFunctionMode is popped during backward: checkpointing's recomputation would miss it.
     with (
@@ -124,13 +124,13 @@ class _Attention:
         keeps = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias)
         )
-        cudnn = self.chip.capability[0] in _PREFER_CUDNN and head_dim <= MAX_CUDNN_HEAD_DIM
+        cudnn = self.chip.capability[0] in _PREFER_CUDNN and head_dim <= _MAX_CUDNN_HEAD_DIM
         made: Tensor
         if half and cudnn and head_dim % 8 == 0 and not dropout_p:
             made = _aten._scaled_dot_product_cudnn_attention(
                 query, key, value, bias, keeps, dropout_p, is_causal, False, scale=scale
             )[0]
-        elif half and bias is None and head_dim <= MAX_FLASH_HEAD_DIM and self._has_flash:
+        elif half and bias is None and head_dim <= _MAX_FLASH_HEAD_DIM and self._has_flash:
             scale = head_dim**-0.5 if scale is None else scale
             if head_dim % 8:
                 padding = (0, 8 - head_dim % 8)

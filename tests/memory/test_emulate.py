@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from peftlab.memory.cards import Chip
 from peftlab.memory import autocast
 from peftlab.memory.autocast import cuda_autocast
 from peftlab.memory.emulate import ScaledOptimizer, cuda_kernels
@@ -108,7 +109,7 @@ def test_gradients_pass_the_casts() -> None:
 
 
 def test_casts_of_trained_weights_are_cached_until_autocast_ends() -> None:
-    with fake_world(), cuda_kernels(), Timeline() as timeline:
+    with fake_world(), cuda_kernels(Chip()), Timeline() as timeline:
         trained = torch.empty(64, 64, requires_grad=True)
         frozen = torch.empty(32, 64)
         inputs = torch.empty(2, 64, dtype=BF16)
@@ -142,7 +143,7 @@ def test_checkpointing_repeats_the_forward_in_the_same_types() -> None:
 
 
 def test_dropout_keeps_one_byte_an_element() -> None:
-    with fake_world(), cuda_kernels(), Timeline() as timeline:
+    with fake_world(), cuda_kernels(Chip()), Timeline() as timeline:
         hidden = torch.empty(1000, requires_grad=True)
         timeline.begin()
         out = functional.dropout(hidden, 0.5)
@@ -156,7 +157,7 @@ def test_dropout_keeps_one_byte_an_element() -> None:
 
 
 def test_attention_follows_autocast() -> None:
-    with fake_world(), cuda_kernels(), torch.autocast("cpu", BF16):
+    with fake_world(), cuda_kernels(Chip()), torch.autocast("cpu", BF16):
         query = torch.empty(1, 2, 8, 16)
         out = functional.scaled_dot_product_attention(query, query, query)
     assert out.dtype is BF16
