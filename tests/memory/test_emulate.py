@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from peftlab.memory.cards import Chip
 from peftlab.memory import autocast
 from peftlab.memory.autocast import cuda_autocast
+from peftlab.memory.cards import Chip
 from peftlab.memory.emulate import ScaledOptimizer, cuda_kernels
 from peftlab.memory.fake import fake_world
 from peftlab.memory.timeline import Timeline
