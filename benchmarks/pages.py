@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from peftlab.files import write_text
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_section(page: Path, name: str, text: str) -> None:
@@ -26,4 +28,6 @@ def write_section(page: Path, name: str, text: str) -> None:
 def wait(device: torch.device) -> None:
     """Until what was asked of the device is done."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)

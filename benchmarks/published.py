@@ -37,9 +37,9 @@ What papers say of parameters, files and memory, beside what peftlab plans for t
 name. Models are built from their public sizes, without weights. Every number under "planned" is
 that of a plan, whose recipe, overrides, micro-batch and device are in the last column; "arithmetic"
 is a second opinion in closed form, and says where a figure does not follow from the paper's own
-settings. M, MB, GB and TB are decimal. A peak is that of live tensors on one device. "within" and
-"outside" stand beside bounds and ranges, "rounds to it" beside numbers that agree to the last
-printed digit.
+settings. M, MB, GB and TB are decimal. A peak is the plan's live peak on one device, on CUDA with
+cuBLAS's workspaces and the slack of blocks. "within" and "outside" stand beside bounds and ranges,
+"rounds to it" beside numbers that agree to the last printed digit.
 
 ```
 {command}
