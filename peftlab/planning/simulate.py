@@ -235,23 +235,11 @@ def _two_steps(
     backend.prepare(model)
     updates = backend.prepare_optimizer(optimizer)
     inputs = [MicroBatch(batch) for batch in batches]
-    cuda = request.device == "cuda" and accelerator is None
     with ExitStack() as stack:
         stack.enter_context(_replayed_trunk(prepared, request, backend, batches[0]))
         set_training_mode(model, prepared.trunk)
-        timeline = Timeline(CUDA_GRANULARITY, Kernels(request.chip))
-        running = stack.enter_context(timeline) if cuda else None
-        # CUDA's allocator remembers the first step; elsewhere it only brings state into being.
-        ddp = request.num_processes > 1 and request.sharding == "none"
-        buckets = gradient_buckets(trained) if ddp else []
-        first = TimelineMeter(timeline=running, buckets=buckets) if cuda else NullMeter()
-        second = (
-            TimelineMeter(timeline=running, buckets=buckets)
-            if accelerator is None
-            else CudaMeter(accelerator.device)
-        )
-        meters: tuple[StepMeter, ...] = (first, second)
-        for meter in meters:
+        first, second = stack.enter_context(_meters(request, trained, accelerator))
+        for meter in (first, second):
             with meter.step(model, optimizer, batches):
                 optimizer_step(
                     model,
@@ -269,6 +257,26 @@ def _two_steps(
     measurement = second.result()
     measured = None if accelerator is None else measurement
     return Simulation(second.trace, prepared.params, saved_bytes, measurement.flops, said, measured)
+
+
+@contextmanager
+def _meters(
+    request: PlanRequest, trained: Sequence[Tensor], accelerator: Accelerator | None
+) -> Iterator[tuple[StepMeter, TimelineMeter]]:
+    """For the first step and for the second, which is the one that is reported."""
+    if accelerator is not None:
+        yield NullMeter(), CudaMeter(accelerator.device)
+        return
+    ddp = request.num_processes > 1 and request.sharding == "none"
+    buckets = gradient_buckets(trained) if ddp else []
+    if request.device == "cpu":
+        # There the first step only brings state into being.
+        yield NullMeter(), TimelineMeter(buckets=buckets)
+        return
+    # CUDA's allocator remembers it.
+    with Timeline(CUDA_GRANULARITY, Kernels(request.chip)) as timeline:
+        meters = [TimelineMeter(timeline=timeline, buckets=buckets) for _ in range(2)]
+        yield meters[0], meters[1]
 
 
 @contextmanager
