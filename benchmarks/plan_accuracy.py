@@ -110,10 +110,17 @@ def request_of(cell: Mapping[str, Any]) -> PlanRequest:
     )
 
 
+def cannot_checkpoint(request: PlanRequest) -> str:
+    """Why the request does not exist, if its method does not work with what it asks for."""
+    if request.train.gradient_checkpointing and not request.method.traits.works_with_checkpointing:
+        return f"{request.method.config.kind} with gradient checkpointing"
+    return ""
+
+
 def compare(request: PlanRequest) -> dict[str, Any]:
     """Peak bytes measured, and the largest difference of a mark or a part; or why it is refused."""
-    if request.train.gradient_checkpointing and not request.method.traits.works_with_checkpointing:
-        return {"refused": f"{request.method.config.kind} with gradient checkpointing"}
+    if refused := cannot_checkpoint(request):
+        return {"refused": refused}
     try:
         planned = simulate(request)
     except IncompatibleError as error:

@@ -145,8 +145,8 @@ def compare(cell: Mapping[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     request, found = request_of(cell), {"name": name_of(cell)}
-    if request.train.gradient_checkpointing and not request.method.traits.works_with_checkpointing:
-        return found | {"refused": f"{request.method.config.kind} with gradient checkpointing"}
+    if refused := plan_accuracy.cannot_checkpoint(request):
+        return found | {"refused": refused}
     try:
         planned = answer(request)
     except IncompatibleError as error:

@@ -29,7 +29,7 @@ from peak_sources import FITTED, GUIDE, METAMATH, METAMATH_LENGTH, PEAKS, Peak, 
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from peftlab.memory.allocator import replay
+from peftlab.memory.allocator import replay_allocator
 from peftlab.memory.trace import StepTrace
 from peftlab.methods import METHODS
 from peftlab.optim.config import OptimConfig
@@ -155,7 +155,7 @@ def planned(peak: Peak) -> Planned:
         raise ValueError(f"{peak.name}: a base of {base:,} parameters is not the source's")
     breakdown = simulation.trace.breakdown()
     emptied_at = _last_release(simulation.trace) if source.empties_cache else None
-    reserved = replay(simulation.trace, source.workspaces, emptied_at).reserved_bytes
+    reserved = replay_allocator(simulation.trace, source.workspaces, emptied_at).reserved_bytes
     return Planned(breakdown.peak_bytes, reserved, breakdown.peak_moment)
 
 

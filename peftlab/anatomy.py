@@ -195,6 +195,17 @@ def inside(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def calls_nothing_else(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward alone: no hook, no patched forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def dead_alternatives(pattern: str, names: Iterable[str]) -> list[str]:
     """The branches of ``(a|b|c)`` groups in a pattern without which it matches just as much."""
     known = list(names)

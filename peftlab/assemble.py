@@ -155,7 +155,7 @@ def assemble(
     if shared and isinstance(prepared.boundary, NoBoundary):
         shared.drop()
     elif shared:
-        shared.part_with(prepared.model)
+        shared.copy_trained(prepared.model)
     return Assembly(
         experiment=experiment,
         kind=kind,

@@ -126,7 +126,7 @@ def cublas_workspaces(capability: tuple[int, int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Replay:
+class AllocatorReplay:
     """A trace as the allocator lived it.
 
     Args:
@@ -139,7 +139,9 @@ class Replay:
     trace: StepTrace
 
 
-def replay(trace: StepTrace, workspaces: tuple[int, ...], emptied_at: int | None = None) -> Replay:
+def replay_allocator(
+    trace: StepTrace, workspaces: tuple[int, ...], emptied_at: int | None = None
+) -> AllocatorReplay:
     """Allocate and release block by block what a trace did.
 
     Args:
@@ -178,4 +180,4 @@ def replay(trace: StepTrace, workspaces: tuple[int, ...], emptied_at: int | None
         entered=tuple((phase, at + count) for phase, at in trace.entered),
         left=tuple((phase, at + count) for phase, at in trace.left),
     )
-    return Replay(peak, on_blocks)
+    return AllocatorReplay(peak, on_blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
@@ -115,17 +115,21 @@ class StepTrace:
             optimizer_peak_bytes=peaks["optimizer"],
         )
 
-    def of_tensors(self) -> StepTrace:
-        """The same without the blocks that kernels held inside, which no tensor shows."""
-        shown = [self.storages[index].role != "kernel" for index, _ in self.events]
-        before = list(accumulate(shown, initial=0))
+    def where(self, stays: Callable[[StorageInfo], bool]) -> StepTrace:
+        """The same with the events of some storages only."""
+        kept = [stays(self.storages[index]) for index, _ in self.events]
+        before = list(accumulate(kept, initial=0))
         return replace(
             self,
-            events=tuple(event for event, show in zip(self.events, shown, strict=True) if show),
+            events=tuple(event for event, keep in zip(self.events, kept, strict=True) if keep),
             start=before[self.start],
             entered=tuple((phase, before[at]) for phase, at in self.entered),
             left=tuple((phase, before[at]) for phase, at in self.left),
         )
+
+    def of_tensors(self) -> StepTrace:
+        """The same without the blocks that kernels held inside, which no tensor shows."""
+        return self.where(lambda storage: storage.role != "kernel")
 
     def alive(self, at: int) -> dict[int, int]:
         """Bytes of each storage live after ``at`` events, by index."""

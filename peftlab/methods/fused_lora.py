@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from peftlab.anatomy import calls_nothing_else
+
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """The layers that PEFT put an update on, of whichever kind."""
@@ -101,18 +103,7 @@ def _is_plain(layer: Linear, name: str) -> bool:
         and name not in layer.lora_variant
         and not layer.lora_bias[name]
         and layer.cast_input_dtype_enabled
-        and all(_calls_nothing_else(module) for module in (base, down, up))
-    )
-
-
-def _calls_nothing_else(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward alone: no hook, no patched forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        and all(calls_nothing_else(module) for module in (base, down, up))
     )
 
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from peftlab.anatomy import Anatomy, inside
+from peftlab.anatomy import Anatomy, calls_nothing_else, inside
 
 _BlockForward = Callable[..., Tensor]
 
@@ -163,13 +163,7 @@ def _is_plain_matrix(module: nn.Module, x: Tensor) -> bool:
         # Half precision would round in other places than the model was trained with.
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(x.device.type)
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        )
+        and calls_nothing_else(module)
     )
 
 
@@ -195,11 +189,11 @@ def _attend_without_keys(
         # Softmax takes it out again; it is here for its gradient to be there.
         scores_BNS = scores_BNS + (query_BND * key.bias.view(query_BND.shape[1:])).sum(-1, True)
     if mask is not None:
-        seen_B1S = mask[:, 0, :1]
-        if seen_B1S.dtype is torch.bool:
-            scores_BNS = scores_BNS.masked_fill(~seen_B1S, -torch.inf)
+        seen_BNS = mask[:, :, 0]  # one for all heads, as a rule
+        if seen_BNS.dtype is torch.bool:
+            scores_BNS = scores_BNS.masked_fill(~seen_BNS, -torch.inf)
         else:
-            scores_BNS = scores_BNS + seen_B1S
+            scores_BNS = scores_BNS + seen_BNS
     kept_BNS = attention.dropout(torch._safe_softmax(scores_BNS, -1))
     read_NBH = torch.bmm(kept_BNS, hidden_BSH).transpose(0, 1)
     value_NDH = value.weight.view(key_NDH.shape)

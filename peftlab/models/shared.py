@@ -18,7 +18,7 @@ class SharedModel:
 
     Every run gets modules of its own whose pretrained tensors are the same storage; what the
     checkpoint did not hold is drawn for each from the global random state, as ``load_model`` draws
-    it. What a run writes to must be parted with first.
+    it. ``copy_trained`` must come before a run writes to any of them.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class SharedModel:
         torch.set_rng_state(after)
         return model
 
-    def part_with(self, model: nn.Module) -> None:
+    def copy_trained(self, model: nn.Module) -> None:
         """Give what a run of ``model`` trains storage of its own, so that what is kept stays."""
         kept = {tensor.data_ptr() for tensor in _tensors(self._kept)} if self._kept else set()
         for parameter in model.parameters():

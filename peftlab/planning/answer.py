@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from peftlab.memory.allocator import cublas_workspaces, replay
+from peftlab.memory.allocator import cublas_workspaces, replay_allocator
 from peftlab.memory.cards import CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES
 from peftlab.memory.trace import StepTrace
 from peftlab.planning.schema import Plan, PlannedMemory, TimelinePoint
@@ -32,7 +32,7 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
     workspaces: tuple[int, ...] = ()
     if request.device == "cuda":
         workspaces = cublas_workspaces(request.chip.capability)
-        replayed = replay(trace, workspaces)
+        replayed = replay_allocator(trace, workspaces)
         moment, _, peak = replayed.trace.peak()
         breakdown = trace.of_tensors().breakdown(moment).raised_to(peak)
         trace, reserved = replayed.trace, replayed.reserved_bytes

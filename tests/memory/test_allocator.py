@@ -1,11 +1,11 @@
-"""The replayed allocator against blocks counted by hand, and CUDA's attention."""
+"""The replayed allocator against blocks counted by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from peftlab.memory.allocator import CachingAllocator, cublas_workspaces, replay
+from peftlab.memory.allocator import CachingAllocator, cublas_workspaces, replay_allocator
 from peftlab.memory.timeline import Timeline
 from peftlab.memory.trace import StepTrace, StorageInfo
 from peftlab.units import MIB
@@ -73,24 +73,26 @@ def test_replay_with_a_cache_emptied_before_the_step() -> None:
         timeline.begin()
         torch.empty(40 * MIB, dtype=torch.uint8)
     trace = timeline.trace()
-    assert replay(trace, ()).reserved_bytes == 80 * MIB  # 40 fit into the block of 50
-    assert replay(trace, (), emptied_at=trace.start).reserved_bytes == 40 * MIB
-    assert replay(trace, (), emptied_at).reserved_bytes == 70 * MIB  # the gradient's block stays
+    assert replay_allocator(trace, ()).reserved_bytes == 80 * MIB  # 40 fit into the block of 50
+    assert replay_allocator(trace, (), emptied_at=trace.start).reserved_bytes == 40 * MIB
+    assert (
+        replay_allocator(trace, (), emptied_at).reserved_bytes == 70 * MIB
+    )  # the gradient's block stays
 
 
 def test_workspaces_by_architecture() -> None:
     assert cublas_workspaces((7, 0)) == cublas_workspaces((8, 9)) == (8_519_680, 8_519_680)
     assert cublas_workspaces((9, 0)) == cublas_workspaces((10, 0)) == (32 * MIB, 32 * MIB)
     trace = trace_of(30 * MIB).trace()
-    assert replay(trace, (32 * MIB, 32 * MIB)).reserved_bytes == 94 * MIB
+    assert replay_allocator(trace, (32 * MIB, 32 * MIB)).reserved_bytes == 94 * MIB
     assert (
-        replay(trace, cublas_workspaces((8, 0))).reserved_bytes == 50 * MIB
+        replay_allocator(trace, cublas_workspaces((8, 0))).reserved_bytes == 50 * MIB
     )  # both in one of 20 MiB
 
 
 def test_replay_of_a_trace() -> None:
     trace = trace_of(30 * MIB, 20 * MIB, 40 * MIB).trace()
-    assert replay(trace, ()).reserved_bytes == 70 * MIB
+    assert replay_allocator(trace, ()).reserved_bytes == 70 * MIB
 
 
 def test_streams_share_nothing() -> None:
@@ -102,4 +104,4 @@ def test_streams_share_nothing() -> None:
         )
         events = ((0, 8 * MIB), (0, -8 * MIB), (1, 8 * MIB))
         trace = StepTrace(storages, events, 0, (("forward", 0),), (("forward", 3),))
-        assert replay(trace, ()).reserved_bytes == reserved
+        assert replay_allocator(trace, ()).reserved_bytes == reserved

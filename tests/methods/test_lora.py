@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftlab.anatomy import Anatomy, parameter_roles
 from peftlab.errors import IncompatibleError
 from peftlab.methods.lora import Lora, LoraConfig
+from peftlab.models.quantized import settle_quantized
 
 Build = Callable[..., nn.Module]
 Batch = Callable[[str], dict[str, Tensor]]
@@ -177,10 +178,7 @@ def test_quantised_base(name: str, build: Build, batch: Batch, tmp_path: Path) -
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         ),
     )
-    for module in base.modules():
-        # On some processors bitsandbytes repacks and rounds the weights when it first predicts.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    settle_quantized(base)
     anatomy, before = Anatomy.of(base), dict(base.named_parameters())
     inputs = {key: value.to(base.device) for key, value in batch(name).items()}
     method = lora(init_lora_weights=False)

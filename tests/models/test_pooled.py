@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from peftlab.anatomy import Anatomy
 from peftlab.methods import METHODS
@@ -131,6 +132,35 @@ def test_same_with_eager_attention(model_type: str, kind: str) -> None:
     reference = copy.deepcopy(model)
     assert skip_unread_positions(base, anatomy)
     assert_same(model, reference, batch())
+
+
+def flops_of(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return int(counter.get_total_flops())
+
+
+def test_a_single_query_needs_neither_keys_nor_values() -> None:
+    """Unless something else is called with them: then they are made, with the same logits."""
+    model, inputs = make("bert"), batch()
+    assert skip_unread_positions(model, Anatomy.of(model))
+    without, flops = model(**inputs).logits, flops_of(model, inputs)
+    seen: list[torch.Size] = []
+    key = model.bert.encoder.layer[-1].attention.self.key
+    key.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    torch.testing.assert_close(model(**inputs).logits, without, rtol=1e-5, atol=1e-6)
+    assert seen == [(3, 9, 32)]
+    # Two products of all positions against four of one.
+    assert flops_of(model, inputs) - flops > 2 * 3 * 9 * 32 * 32
+
+
+def test_a_mask_for_each_head() -> None:
+    model = make("bert")
+    reference, inputs = copy.deepcopy(model), batch(padded=False)
+    assert skip_unread_positions(model, Anatomy.of(model))
+    torch.manual_seed(2)
+    inputs["attention_mask"] = torch.randn(3, 4, 9, 9)
+    assert_same(model, reference, inputs)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert"])

@@ -43,7 +43,7 @@ def test_what_is_new_is_drawn_as_loading_draws_it(bert_tiny: str) -> None:
     assert all(parameter.requires_grad for parameter in kept.get(load).parameters())
     query = model.bert.encoder.layer[0].attention.self.query
     query.bias.requires_grad_(True)
-    kept.part_with(model)
+    kept.copy_trained(model)
     with torch.no_grad():
         query.bias += 1
     again = kept.get(load).bert.encoder.layer[0].attention.self.query

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, astuple, replace
-from itertools import accumulate
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +66,7 @@ class Settled(TorchDispatchMode):
 
 def without_copies(trace: StepTrace) -> StepTrace:
     """Without the copies that gloo sums gradients in: no operation made them, and NCCL has none."""
-    copies = {
-        index
-        for index, storage in enumerate(trace.storages)
-        if not storage.op and storage.phase in ("backward", "optimizer")
-    }
-    stays = [index not in copies for index, _ in trace.events]
-    at = list(accumulate(stays, initial=0))
-    return replace(
-        trace,
-        events=tuple(event for event, stay in zip(trace.events, stays, strict=True) if stay),
-        start=at[trace.start],
-        entered=tuple((phase, at[event]) for phase, event in trace.entered),
-        left=tuple((phase, at[event]) for phase, event in trace.left),
-    )
+    return trace.where(lambda each: bool(each.op) or each.phase not in ("backward", "optimizer"))
 
 
 def told(simulation: Simulation) -> dict[str, Any]:
