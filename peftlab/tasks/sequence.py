@@ -30,6 +30,8 @@ class SequenceTask(TaskKind[DataT]):
 
     target_key: ClassVar[str]
     """The key of a row that holds what the loss compares with."""
+    _predicted: tuple[object, list[Features]] | None = None
+    """What was predicted last, and its tokens: validation rows come again after every epoch."""
 
     def fields(self) -> list[Field]:
         """The row's keys and the columns they come from."""
@@ -97,7 +99,7 @@ class SequenceTask(TaskKind[DataT]):
         batch_size: int,
     ) -> list[list[float]]:
         """The logits of each row, in the rows' order."""
-        features = self.encode(rows, tokenizer, max_length)
+        features = self._tokens(rows, tokenizer, max_length)
         result: list[list[float]] = [[] for _ in rows]
         with eval_mode(model) as device:
             for numbers in by_length([len(row["input_ids"]) for row in features], batch_size):
@@ -107,6 +109,15 @@ class SequenceTask(TaskKind[DataT]):
                 for number, values in zip(numbers, logits, strict=True):
                     result[number] = values
         return result
+
+    def _tokens(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> list[Features]:
+        """``encode``, remembered for the same rows."""
+        asked = [(row["text"], row.get("text_pair")) for row in rows], tokenizer, max_length
+        if self._predicted is None or self._predicted[0] != asked:
+            self._predicted = asked, self.encode(rows, tokenizer, max_length)
+        return self._predicted[1]
 
     def score(
         self, rows: Sequence[Row], predictions: Sequence[Prediction]

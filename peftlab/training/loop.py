@@ -139,7 +139,8 @@ class Loop:
                 meter=meter,
             )
         self.guard.observe(self.model)
-        self.optimizer.zero_grad()
+        # Not through Accelerate's optimizer, which looks for a package on the disk each time.
+        self.model.zero_grad()
         padded = self.schedule.shapes_of(self.progress.step)
         padded_tokens = sum(map(math.prod, padded))
         if (measurement := meter.result()) is not None:

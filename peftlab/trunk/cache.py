@@ -38,6 +38,7 @@ class OpenTrunk:
     storage: np.dtype[Any]
     description: Mapping[str, Any]
     store: Store
+    idle: frozenset[int]
 
 
 class TrunkCache:
@@ -122,7 +123,7 @@ class TrunkCache:
         before = self._before
         if before is not None and (before.form, before.storage) == (form, self._storage):
             self._description, self._store = dict(before.description), before.store
-            self.open_trunk, self.continued = before, True
+            self.open_trunk, self.continued, replay.idle = before, True, before.idle
             return
         device = next(replay.boundary.backbone.parameters()).device
         weights = digests(replay.boundary.below)
@@ -130,7 +131,9 @@ class TrunkCache:
         self._store = Store(trunk_cache_dir() / self.key, self._description)
         replay.start = self._lower = find_lower(replay, self._storage, device, weights)
         replay.verify(loss)
-        self.open_trunk = OpenTrunk(form, self._storage, self._description, self._store)
+        self.open_trunk = OpenTrunk(
+            form, self._storage, self._description, self._store, replay.idle
+        )
 
     @property
     def key(self) -> str:

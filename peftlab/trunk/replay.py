@@ -13,6 +13,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -94,7 +96,8 @@ class Blank:
 class Replay:
     """Replays the trunk of one model while ``attached``, once ``learn`` has been called.
 
-    ``start`` saves blocks where values are computed.
+    ``start`` saves blocks where values are computed. ``idle`` are the embeddings, by their place in
+    front of the blocks, that need not run where the blocks behind them do not.
     """
 
     def __init__(self, boundary: Boundary, source: Source) -> None:
@@ -108,9 +111,12 @@ class Replay:
         self._run, self._captures = self._whole, False
         self._value: Tensor | None = None
         self._learned: Inputs = {}
+        modules = [module for _, module in boundary.below]
+        self._embeddings = [*takewhile(lambda module: module is not boundary.blocks[0], modules)]
+        self._embedded: dict[int, tuple[torch.Size, torch.dtype]] = {}
+        self.idle: frozenset[int] = frozenset()
         self._tuple_length = 0
         self._output: Any = None
-        modules = [module for _, module in boundary.below]
         self._parameters = [parameter for each in modules for parameter in each.parameters()]
 
     @contextmanager
@@ -120,6 +126,8 @@ class Replay:
         replaced: list[tuple[nn.Module, Any]] = [(boundary.backbone, self._forward)]
         for index, block in enumerate(boundary.blocks):
             replaced.append((block, self._block(index, block.forward)))
+        for index, module in enumerate(self._embeddings):
+            replaced.append((module, self._embedding(index, module.forward)))
         before = [module.__dict__.get("forward") for module, _ in replaced]
         for module, forward in replaced:
             module.forward = forward
@@ -166,10 +174,15 @@ class Replay:
             NotReplayableError: they differ by more than rounding.
         """
         assert self.form is not None
+        exact = self.form.dtype is torch.float32 and self.form.autocast is None
+        close = partial(torch.allclose, rtol=1e-3 if exact else 5e-2)
         with torch.no_grad():
             computed, replayed = self._called(self._real, loss), loss()
-        exact = self.form.dtype is torch.float32 and self.form.autocast is None
-        if not torch.allclose(computed, replayed, rtol=1e-3 if exact else 5e-2):
+            if self.idle and not close(computed, replayed):
+                # Something above the boundary may read the embeddings too.
+                self.idle = frozenset()
+                replayed = loss()
+        if not close(computed, replayed):
             raise NotReplayableError(
                 f"replaying it changes a loss from {float(computed):.6g} to {float(replayed):.6g}"
             )
@@ -206,6 +219,8 @@ class Replay:
         value = self._capture(self._learned, range(depth))
         if value.requires_grad:
             raise NotReplayableError("what trains feeds the frozen blocks")
+        like = value.shape, value.dtype
+        self.idle = frozenset(i for i, output in self._embedded.items() if output == like)
         return _form(BLOCK, value, self._learned)
 
     def _capture(self, inputs: Inputs, blocks: range) -> Tensor:
@@ -295,6 +310,19 @@ class Replay:
             and not any(module.training for module in self.boundary.trunk)
             and not any(parameter.requires_grad for parameter in self._parameters)
         )
+
+    def _embedding(self, index: int, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Where no block reads what it returns, anything of the same shape will do."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._run.start > 0 and self._value is not None and index in self.idle:
+                return self._value.detach()
+            output = real(*args, **kwargs)
+            if self._captures and isinstance(output, Tensor):
+                self._embedded[index] = output.shape, output.dtype
+            return output
+
+        return forward
 
     def _block(self, index: int, real: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

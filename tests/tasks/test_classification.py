@@ -156,6 +156,27 @@ def test_predict_needs_no_labels_and_leaves_each_module_in_its_mode(
     assert all("label" not in prediction for prediction in predictions)
 
 
+def test_rows_that_come_again_are_not_tokenised_again(
+    write_jsonl, pair_tokenizer, tiny_bert, monkeypatch
+):
+    kind = make(write_jsonl)
+    rows = kind.read().train
+    model = tiny_bert(num_labels=2)
+    encoded = []
+    encode = kind.encode
+    monkeypatch.setattr(
+        kind, "encode", lambda *args: encoded.append(len(args[0])) or encode(*args)
+    )
+    first = kind.predict(model, rows, pair_tokenizer, 32, 8)
+    assert kind.predict(model, [dict(row) for row in rows], pair_tokenizer, 32, 8) == first
+    assert encoded == [len(rows)]
+    other = [{**rows[0], "text": "another"}, *rows[1:]]
+    changed = kind.predict(model, other, pair_tokenizer, 32, 8)
+    assert changed[0]["logits"] != first[0]["logits"]
+    assert kind.predict(model, other, pair_tokenizer, 4, 8)[1] != changed[1]
+    assert encoded == [len(rows)] * 3
+
+
 def test_scores_and_baseline(write_jsonl):
     test = [{"text": f"u{n}", "label": "good" if n else "bad"} for n in range(4)]
     kind = make(write_jsonl, test=write_jsonl("test.jsonl", test))

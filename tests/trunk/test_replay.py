@@ -390,3 +390,45 @@ def test_every_recipe_predicts_the_same(recipe: str, trunk_folder: Path) -> None
                 found = case.kind.logits(case.model, batch)
                 torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
     assert cache.on == isinstance(case.prepared.boundary, Boundary)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_embeddings_do_not_run_for_what_is_known(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(architecture, TOP)
+    batch = case.batch()
+    calls: list[int] = []
+    lookup = torch.nn.functional.embedding
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return lookup(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", counted)
+    with case.opened(case.cache()):
+        case.gradients(batch)
+        assert calls
+        calls.clear()
+        case.gradients(batch)
+        assert not calls
+
+
+def test_embeddings_run_where_a_block_above_reads_them_too() -> None:
+    case = make("bert", TOP)
+    read: list[Tensor] = []
+    backbone = case.model.bert
+    backbone.embeddings.register_forward_hook(lambda _, __, output: read.append(output))
+    backbone.encoder.layer[-1].register_forward_pre_hook(
+        lambda _, args: (args[0] + read[-1], *args[1:])
+    )
+    batch = case.batch()
+    loss, gradients = case.gradients(batch)
+    cache = case.cache()
+    with case.opened(cache):
+        for _ in range(2):
+            again, found = case.gradients(batch)
+            assert torch.equal(again, loss)
+            for name, gradient in gradients.items():
+                assert torch.equal(found[name], gradient), name
+    assert cache.note == "" and cache.replayed_rows
