@@ -164,9 +164,7 @@ def test_rows_that_come_again_are_not_tokenised_again(
     model = tiny_bert(num_labels=2)
     encoded = []
     encode = kind.encode
-    monkeypatch.setattr(
-        kind, "encode", lambda *args: encoded.append(len(args[0])) or encode(*args)
-    )
+    monkeypatch.setattr(kind, "encode", lambda *args: encoded.append(len(args[0])) or encode(*args))
     first = kind.predict(model, rows, pair_tokenizer, 32, 8)
     assert kind.predict(model, [dict(row) for row in rows], pair_tokenizer, 32, 8) == first
     assert encoded == [len(rows)]

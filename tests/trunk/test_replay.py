@@ -431,4 +431,5 @@ def test_embeddings_run_where_a_block_above_reads_them_too() -> None:
             assert torch.equal(again, loss)
             for name, gradient in gradients.items():
                 assert torch.equal(found[name], gradient), name
-    assert cache.note == "" and cache.replayed_rows
+    assert cache.note == ""
+    assert cache.replayed_rows
