@@ -18,10 +18,10 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peftlab.anatomy import calls_nothing_else
+from peftlab.models.dropout import Dropout, draw_kept, draws_fast
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -64,26 +64,24 @@ class FusedLinear(Linear):  # type: ignore[misc]
             return out
         base, dropout = self.base_layer, self.lora_dropout[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        drops = isinstance(dropout, nn.Dropout) and dropout.training
-        settings = _Settings(
-            self.scaling[name],
-            dropout if drops else None,
-            _autocast_dtype(x),
-            torch.is_grad_enabled(),
-        )
+        scaling, drops = self.scaling[name], isinstance(dropout, nn.Dropout) and dropout.training
+        if drops:
+            scaling /= 1 - dropout.p
+        settings = _Settings(scaling, dropout if drops else None, _autocast_dtype(x))
         matrix = base.weight if isinstance(base, Conv1D) else base.weight.t()
         fused: Tensor = _LoraLinear.apply(x, matrix, base.bias, a, b, settings)  # type: ignore[no-untyped-call]
         return fused
 
 
-_UNROUNDED = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class _Settings(NamedTuple):
+    """``scaling`` of the update, and of what dropout keeps."""
+
     scaling: float
     dropout: nn.Dropout | None
     autocast: torch.dtype | None
-    differentiable: bool
 
 
 def _only_adapter(layer: Linear) -> str | None:
@@ -131,12 +129,13 @@ def _on_none(tensor: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x W + bias + s (x Aᵀ) Bᵀ, with W (in, out), A (r, in), B (out, r).
+    """y = x W + bias + s (x ∘ K) Aᵀ Bᵀ, with W (in, out), A (r, in), B (out, r).
 
-    The update is computed in the adapter's precision, or autocast's, and added to the base layer's
-    result before that is rounded, as PEFT does. Gradients, with g for y's:
-    B: s gᵀ (x Aᵀ); A: s (g B)ᵀ x; x: g Wᵀ + s (g B) A. On CUDA, where memory is scarcer than time,
-    the product x Aᵀ is computed again.
+    K, zeros and ones, is dropout's; without it, x stands for x ∘ K. The update is computed in the
+    adapter's precision, or autocast's, and added to the base layer's result before that is rounded,
+    as PEFT does. Gradients, with g for y's:
+    B: s gᵀ (x ∘ K) Aᵀ; A: s (g B)ᵀ (x ∘ K); x: g Wᵀ + s K ∘ (g B) A. On CUDA, where memory is
+    scarcer than time, (x ∘ K) Aᵀ is computed again.
     """
 
     @staticmethod
@@ -149,33 +148,15 @@ class _LoraLinear(torch.autograd.Function):
         b: Tensor,
         settings: _Settings,
     ) -> Tensor:
+        scaling, dropout, autocast = settings
         _, _, _, learns_a, learns_b, _ = ctx.needs_input_grad
-        autocast, scaling = settings.autocast, settings.scaling
         with _without_autocast(x):
             rows, wide = _as(x.reshape(-1, x.shape[-1]), autocast), _as(matrix, autocast)
-            # On a CPU addmm first fills its result with the bias, a pass over memory that CUDA's
-            # kernel does not make. In the update it is one row more; predictions stay PEFT's to
-            # the last bit.
-            unrounded = rows.dtype == a.dtype in _UNROUNDED
-            apart = bias if settings.differentiable and unrounded and _on_cpu(x) else None
-            if bias is None or apart is not None:
-                y = rows @ wide
-            else:
-                y = torch.addmm(_as(bias, autocast), rows, wide)
+            y = rows @ wide if bias is None else torch.addmm(_as(bias, autocast), rows, wide)
             down, up = _as(a, autocast), _as(b, autocast)
-            rows, keep = rows.to(down.dtype), None
-            if settings.dropout is not None:
-                # The module itself draws, for as many elements in the same layout as in PEFT.
-                factors = settings.dropout(torch.ones_like(x, dtype=down.dtype))
-                # Bits would be an eighth of these bytes, and on a CPU as slow as a product.
-                # A cast, of which torch has a faster kernel than of the comparison with zero.
-                rows, keep = rows * factors.reshape(rows.shape), factors.bool()
-            low = rows @ down.t()
-            if apart is None:
-                _add_product(y, low, up.t(), scaling)
-            else:
-                right = torch.cat([up.t() * scaling, apart[None]])
-                y.addmm_(functional.pad(low, (0, 1), value=1.0), right)
+            keep = None if dropout is None else _draw_kept(dropout, x, down.dtype)
+            low = _kept_of(rows.to(down.dtype), keep) @ down.t()
+            _add_product(y, low, up.t(), scaling)
         ctx.settings, ctx.shape, ctx.x_dtype = settings, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_low = low if learns_b and _on_cpu(x) else None
@@ -190,32 +171,25 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, matrix, a, b, keep, low = ctx.saved_tensors
         learns_x, _, learns_bias, learns_a, learns_b, _ = ctx.needs_input_grad
-        scaling, dropout, autocast, _ = ctx.settings
-        rows = grad_x = grad_bias = grad_a = grad_b = None
+        scaling, _, autocast = ctx.settings
+        grad_x = grad_bias = grad_a = grad_b = None
         with _without_autocast(grad):
             grad = grad.reshape(-1, grad.shape[-1])
             down, up = _as(a, autocast), _as(b, autocast)
-            low_scaling = scaling
-            if dropout is not None:
-                # As bytes: a float times a boolean takes torch twice the time on a CPU.
-                keep = keep.view(torch.uint8).reshape(-1, ctx.shape[-1])
-                # What was not dropped is scaled once, with the update.
-                scaling /= 1 - dropout.p
             into_update = grad.to(down.dtype)
             into_product = into_update @ up
             if x is not None:
                 rows = _as(x.reshape(-1, x.shape[-1]), autocast).to(down.dtype)
-                rows = rows if keep is None else rows * keep
+                rows = _kept_of(rows, keep)
                 if learns_a:
                     grad_a = (into_product.t() @ rows).to(a.dtype).mul_(scaling)
                 if learns_b and low is None:
-                    low, low_scaling = rows @ down.t(), scaling
+                    low = rows @ down.t()
+                del rows
             if learns_b:
                 # A tall result of few columns is the slower way round.
-                transposed = low.t() @ into_update
-                del low
-                grad_b = transposed.t().to(b.dtype).mul(low_scaling)
-            del rows, into_update
+                grad_b = (low.t() @ into_update).t().to(b.dtype).mul(scaling)
+            del into_update, low
             if learns_x:
                 grad_x = (grad @ _as(matrix, autocast).t()).to(ctx.x_dtype)
                 if keep is None:
@@ -232,9 +206,28 @@ def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None else tensor.to(dtype)
 
 
+def _draw_kept(dropout: nn.Dropout, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dropout's zeros and ones for ``x`` as bytes, (rows, in); drawn as the module itself draws."""
+    if isinstance(dropout, Dropout) and draws_fast(x, dropout.p):
+        kept = draw_kept(x, x.shape, dropout.p)
+    else:
+        # For as many elements in the same layout as in PEFT. Bits would be an eighth of the bytes.
+        kept = dropout(torch.ones_like(x, dtype=dtype)).bool().view(torch.uint8)
+    return kept.reshape(-1, x.shape[-1])
+
+
+def _kept_of(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """What dropout leaves of them."""
+    # A product of two dtypes would first make the same copy, and then another for itself.
+    return rows if keep is None else keep.to(rows.dtype).mul_(rows)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
     """``total += scaling · left @ right``; in a narrower ``total``, rounded once."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=scaling)
+    elif _on_cpu(total) and total.dtype in _HALF:
+        # There an addition of two dtypes takes as long as all of this.
+        total.copy_(total.to(left.dtype).addmm_(left, right, alpha=scaling))
     else:
         total.add_(left @ right, alpha=scaling)

@@ -98,7 +98,7 @@ def test_gradients_against_differences(dropout: float, with_bias: bool, frozen_i
     def layer(x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         torch.manual_seed(1)
         dropping = nn.Dropout(dropout) if dropout else None
-        out: Tensor = _LoraLinear.apply(x, matrix, bias, a, b, _Settings(0.7, dropping, None, True))
+        out: Tensor = _LoraLinear.apply(x, matrix, bias, a, b, _Settings(0.7, dropping, None))
         return out
 
     assert torch.autograd.gradcheck(layer, (x, bias, leaf(2, 5), leaf(4, 2)))
@@ -112,7 +112,7 @@ def test_what_a_device_keeps(device: Callable[[], Any], learning: str) -> None:
     a, b = (torch.randn(2, 5), torch.randn(4, 2))
     a.requires_grad, b.requires_grad = "a" in learning, "b" in learning
     with device():
-        y = _LoraLinear.apply(x, matrix, None, a, b, _Settings(0.7, None, None, True))
+        y = _LoraLinear.apply(x, matrix, None, a, b, _Settings(0.7, None, None))
     by_cuda = device is cuda_layers
     kept = {id(each) for each in y.grad_fn.saved_tensors if each is not None}
     assert (id(x) in kept) == (by_cuda or "a" in learning)
@@ -185,7 +185,8 @@ def test_layer_equals_that_of_peft(case: dict[str, Any], shape: Any) -> None:
 def test_model_equals_that_of_peft(
     name: str, section: dict[str, Any], build: Build, batch: Batch
 ) -> None:
-    models = pair(build, name, **section)
+    # In single precision, the gradients of T5 are no nearer than 1e-3 to these on either side.
+    models = pair(build, name, torch.float64, **section)
     assert all(type(layer) is FusedLinear for layer in lora_layers(models[1]))
     for model in models:
         torch.manual_seed(0)
@@ -193,7 +194,7 @@ def test_model_equals_that_of_peft(
     expected, ours = map(gradients, models)
     assert set(ours) == set(expected)
     for parameter, gradient in expected.items():
-        torch.testing.assert_close(ours[parameter], gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[parameter], gradient, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("section", [{}, {"lora_dropout": 0.2}], ids=str)
@@ -219,7 +220,7 @@ def test_autocast_as_in_peft(section: dict[str, Any], build: Build, batch: Batch
 def test_dropout_drops_as_often_as_it_says_and_the_same_in_backward() -> None:
     x = torch.ones(999, 7, requires_grad=True)  # no multiple of eight
     a, b = torch.ones(1, 7, requires_grad=True), torch.ones(1, 1, requires_grad=True)
-    settings = _Settings(1.0, nn.Dropout(0.25), None, True)
+    settings = _Settings(4 / 3, nn.Dropout(0.25), None)
     y = _LoraLinear.apply(x, torch.zeros(7, 1), None, a, b, settings)
     y.sum().backward()
     assert x.grad is not None
