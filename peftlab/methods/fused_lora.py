@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from peftlab.anatomy import calls_nothing_else
-from peftlab.models.dropout import Dropout, draw_kept, draws_fast
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -208,9 +207,10 @@ def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _draw_kept(dropout: nn.Dropout, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Dropout's zeros and ones for ``x`` as bytes, (rows, in); drawn as the module itself draws."""
-    if isinstance(dropout, Dropout) and draws_fast(x, dropout.p):
-        kept = draw_kept(x, x.shape, dropout.p)
-    else:
+    # peftlab's own module draws bytes; torch's can only be asked for a result.
+    draw: Any = getattr(dropout, "draw", None)
+    kept: Tensor | None = None if draw is None else draw(x)
+    if kept is None:
         # For as many elements in the same layout as in PEFT. Bits would be an eighth of the bytes.
         kept = dropout(torch.ones_like(x, dtype=dtype)).bool().view(torch.uint8)
     return kept.reshape(-1, x.shape[-1])

@@ -51,6 +51,13 @@ class Dropout(nn.Dropout):
             return super().forward(input)
         return _drop(input, self.p)
 
+    def draw(self, like: Tensor) -> Tensor | None:
+        """The zeros and ones that ``forward`` would draw for it, as bytes; None where torch draws.
+
+        For layers that keep the mask and make the product themselves.
+        """
+        return _draw(like, self.p)
+
 
 def draws_fast(x: Tensor, probability: float) -> bool:
     """Whether elements of ``x`` can be dropped with ``draw_kept`` with this probability."""
@@ -97,6 +104,14 @@ _library.impl("draw_kept_", _draw_kept, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("draw_kept_", _draw_nothing, "Meta")  # type: ignore[no-untyped-call]
 
 
+def _draw(like: Tensor, probability: float) -> Tensor | None:
+    return draw_kept(like, like.shape, probability) if draws_fast(like, probability) else None
+
+
+def _draw_as_cuda(like: Tensor, probability: float) -> Tensor | None:
+    return None
+
+
 def _drop(x: Tensor, probability: float) -> Tensor:
     kept = draw_kept(x, x.shape, probability)
     return (x * (1 / (1 - probability))).mul_(kept)
@@ -109,5 +124,8 @@ def _drop_as_cuda(x: Tensor, probability: float) -> Tensor:
 @contextmanager
 def cuda_dropout() -> Iterator[None]:
     """Inside, tensors on the CPU stand for some on CUDA, whose kernel is another."""
-    with mock.patch(f"{__name__}._drop", _drop_as_cuda):
+    with (
+        mock.patch(f"{__name__}._drop", _drop_as_cuda),
+        mock.patch(f"{__name__}._draw", _draw_as_cuda),
+    ):
         yield

@@ -36,6 +36,7 @@ from peftlab.memory.meter import (
 from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
 from peftlab.memory.trace import StepTrace
 from peftlab.methods.base import Method
+from peftlab.models.bits import cuda_bits
 from peftlab.models.checkpoint import lacking
 from peftlab.models.config import PrecisionConfig
 from peftlab.models.dropout import cuda_dropout
@@ -142,6 +143,7 @@ def simulate(
                 emulated.enter_context(cuda_kernels(request.chip))
                 emulated.enter_context(cuda_products())
                 emulated.enter_context(cuda_dropout())
+                emulated.enter_context(cuda_bits())
                 if request.method.traits.is_peft:
                     # Imports PEFT, which no other method needs.
                     from peftlab.methods.fused_lora import cuda_layers

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftlab.anatomy import Anatomy
+from peftlab.models.bits import pack_bits, unpack_bits
 from peftlab.models.dropout import DRAW_KEPT
 from peftlab.training.modes import trunk_candidates
 
@@ -147,33 +148,17 @@ class _Mask(_Again):
 
     def __init__(self, mask: Tensor, divisor: Any) -> None:
         super().__init__(None, [], {})
-        self._bits = _pack_bits(mask if mask.dtype is torch.bool else mask != 0)
+        self._bits = pack_bits(mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0)
         self._shape, self._stride, self._dtype = mask.shape, mask.stride(), mask.dtype
         self._divisor = divisor
 
     def _make(self) -> Tensor:
-        value = _unpack_bits(self._bits, self._shape).to(self._dtype)
+        value = unpack_bits(self._bits, self._shape).to(self._dtype)
         if self._divisor is not None:
             value.div_(self._divisor)
         if value.stride() != self._stride:
             value = value.new_empty_strided(self._shape, self._stride).copy_(value)
         return value
-
-
-def _pack_bits(mask: Tensor) -> Tensor:
-    """A boolean mask of any shape as (⌈elements / 8⌉,) bytes; its n-th eighth is in bit n."""
-    flat = mask.flatten().view(torch.uint8)
-    if spare := -flat.numel() % 8:
-        flat = nn.functional.pad(flat, (0, spare))
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (flat.view(8, -1) << places[:, None]).sum(0, dtype=torch.uint8)
-
-
-def _unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """What ``_pack_bits`` was given, contiguous, of that shape."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    flat = ((bits >> places[:, None]) & 1).view(torch.bool).flatten()
-    return flat[: shape.numel()].view(shape)
 
 
 def _pack(tensor: Tensor) -> _Kept | _View | _Again:

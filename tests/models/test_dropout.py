@@ -175,3 +175,18 @@ def test_keeps_a_byte_for_an_element(as_cuda: bool) -> None:
         else:
             model(torch.ones(64, requires_grad=True))
     assert sizes == [64]
+
+
+def test_what_is_drawn_alone_is_what_a_forward_drops() -> None:
+    dropout = fast(0.3)[0]
+    x = torch.ones(7, 11)
+    torch.manual_seed(4)
+    dropped = dropout(x)
+    torch.manual_seed(4)
+    kept = dropout.draw(x)
+    assert torch.equal(kept.bool(), dropped != 0)
+    assert 0 < kept.sum() < kept.numel()
+    with cuda_dropout():
+        assert dropout.draw(x) is None
+    dropout.p = 1.0
+    assert dropout.draw(x) is None
