@@ -65,7 +65,7 @@ def check_model(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> 
     problems = [
         *kind.check(skeleton),
         *method.check(anatomy),
-        *_too_long(experiment, anatomy, method),
+        *too_long(experiment.train.max_length, anatomy.max_positions, method),
     ]
     if problems:
         raise IncompatibleError(problems)
@@ -102,21 +102,28 @@ def _skeleton(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Pr
         )
 
 
-def _too_long(experiment: Experiment, anatomy: Anatomy, method: Method[Any]) -> list[Problem]:
-    if anatomy.max_positions is None:
+def too_long(
+    tokens: int,
+    positions: int | None,
+    method: Method[Any],
+    where: str = "train.max_length",
+    change: str = "--set train.max_length={}",
+) -> list[Problem]:
+    """What is wrong with texts of so many tokens on a model of so many positions.
+
+    Args:
+        positions: None where the model's configuration does not tell.
+        where: what says how long they are; ``change`` makes it another number.
+    """
+    if positions is None:
         return []
-    room = anatomy.max_positions - method.extra_positions
-    max_length, name = experiment.train.max_length, experiment.model.model_name_or_path
-    if max_length <= room or room <= 0:
+    room, taken = positions - method.extra_positions, ""
+    if tokens <= room or room <= 0:
         return []
-    taken = f", {method.extra_positions} of them taken by the method" * bool(method.extra_positions)
-    return [
-        Problem(
-            "train.max_length",
-            f"{max_length} tokens, but {name} has {anatomy.max_positions} positions{taken}.",
-            f"Use --set train.max_length={room} or less.",
-        )
-    ]
+    if method.extra_positions:
+        taken = f", {method.extra_positions} of them taken by the method"
+    message = f"{tokens} tokens, but the model has {positions} positions{taken}."
+    return [Problem(where, message, f"Use {change.format(room)} or less.")]
 
 
 def assemble(

@@ -8,6 +8,7 @@ anything padded? is the batch packed?) is decided as in a real run.
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -276,6 +277,9 @@ def fake_world(device: str = "cpu") -> Iterator[FakeWorld]:
         stack.enter_context(warnings.catch_warnings())
         # Deep copies ask, and get none.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        # torch logs each failure with its traceback, also those that are answered with a message.
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        stack.enter_context(mock.patch.object(logger, "disabled", True))
         mode = stack.enter_context(_Mode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply_in_place))
         # transformers takes fake tensors for a sign of tracing, and then takes other paths.

@@ -218,8 +218,12 @@ def _draw_kept(dropout: nn.Dropout, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _kept_of(rows: Tensor, keep: Tensor | None) -> Tensor:
     """What dropout leaves of them."""
-    # A product of two dtypes would first make the same copy, and then another for itself.
-    return rows if keep is None else keep.to(rows.dtype).mul_(rows)
+    if keep is None:
+        return rows
+    if _on_cpu(rows):
+        # There a product of two dtypes would first make the same copy, and then another.
+        return keep.to(rows.dtype).mul_(rows)
+    return rows * keep
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 from torch import Tensor
 
+from peftlab.assemble import too_long
+from peftlab.errors import IncompatibleError
 from peftlab.memory.allocator import cublas_workspaces, replay_allocator
 from peftlab.memory.cards import CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES
 from peftlab.memory.trace import StepTrace
@@ -26,7 +28,15 @@ def answer(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]] | None 
     Raises:
         IncompatibleError: the method cannot be put on this model, or cannot be planned.
     """
-    simulation = simulate(request, batches)
+    try:
+        simulation = simulate(request, batches)
+    except IncompatibleError as error:
+        positions = getattr(request.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(request.lengths)
+        change = "--seq-len", "--seq-len {}"
+        if problems := too_long(longest, positions, request.method, *change):
+            raise IncompatibleError(problems) from error
+        raise
     trace, breakdown = simulation.trace, simulation.trace.breakdown()
     reserved = breakdown.peak_bytes
     workspaces: tuple[int, ...] = ()

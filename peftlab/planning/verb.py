@@ -41,12 +41,16 @@ def plan(
     Raises:
         UserError: the request is wrong, or the method cannot be planned.
     """
+    from peftlab.assemble import check_model
     from peftlab.planning.experiment import plan_experiment
 
     experiment = resolve(task, recipe, model=model, overrides=overrides).experiment
     kind = experiment.build_kind()
+    splits = kind.read()
+    # What a run would refuse.
+    check_model(experiment, kind, splits)
     return plan_experiment(
-        experiment, kind, kind.read(), seq_len, device, memory_bytes, num_processes, sharding
+        experiment, kind, splits, seq_len, device, memory_bytes, num_processes, sharding
     )
 
 

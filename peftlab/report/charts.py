@@ -115,7 +115,7 @@ def differences(comparison: Comparison) -> str | None:
         if end is not None
     ]  # fmt: skip
     axis = svg.value_axis(min(ends), max(ends), 4)
-    step = 40
+    step = 44
     height = step * len(rows) + 28
     name, against = comparison.metric.name, comparison.reference.recipe
     told = "; ".join(
@@ -130,7 +130,7 @@ def differences(comparison: Comparison) -> str | None:
         verdict = add(root, "text", x="100%", y=top + 14, text_anchor="end", class_="num halo")
         add(verdict, "tspan", f"{change.verdict or 'no interval'}  ", class_="soft wide")
         add(verdict, "tspan", text.interval(change))
-        y, shown = top + 26, change.verdict in ("better", "worse")
+        y, shown = top + 30, change.verdict in ("better", "worse")
         class_ = change.verdict if shown and change.verdict else "unshown"
         if change.low is not None and change.high is not None:
             ends_at = [_in_percent(axis, end) for end in (change.low, change.high)]

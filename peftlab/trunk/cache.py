@@ -38,7 +38,6 @@ class OpenTrunk:
     storage: np.dtype[Any]
     description: Mapping[str, Any]
     store: Store
-    idle: frozenset[int]
 
 
 class TrunkCache:
@@ -123,7 +122,7 @@ class TrunkCache:
         before = self._before
         if before is not None and (before.form, before.storage) == (form, self._storage):
             self._description, self._store = dict(before.description), before.store
-            self.open_trunk, self.continued, replay.idle = before, True, before.idle
+            self.open_trunk, self.continued = before, True
             return
         device = next(replay.boundary.backbone.parameters()).device
         weights = digests(replay.boundary.below)
@@ -131,9 +130,7 @@ class TrunkCache:
         self._store = Store(trunk_cache_dir() / self.key, self._description)
         replay.start = self._lower = find_lower(replay, self._storage, device, weights)
         replay.verify(loss)
-        self.open_trunk = OpenTrunk(
-            form, self._storage, self._description, self._store, replay.idle
-        )
+        self.open_trunk = OpenTrunk(form, self._storage, self._description, self._store)
 
     @property
     def key(self) -> str:

@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
 from typing import Any, Protocol
 
@@ -96,8 +95,7 @@ class Blank:
 class Replay:
     """Replays the trunk of one model while ``attached``, once ``learn`` has been called.
 
-    ``start`` saves blocks where values are computed. ``idle`` are the embeddings, by their place in
-    front of the blocks, that need not run where the blocks behind them do not.
+    ``start`` saves blocks where values are computed.
     """
 
     def __init__(self, boundary: Boundary, source: Source) -> None:
@@ -114,7 +112,8 @@ class Replay:
         modules = [module for _, module in boundary.below]
         self._embeddings = [*takewhile(lambda module: module is not boundary.blocks[0], modules)]
         self._embedded: dict[int, tuple[torch.Size, torch.dtype]] = {}
-        self.idle: frozenset[int] = frozenset()
+        self._leaves: dict[int, Tensor] | None = None
+        self._idle: frozenset[int] = frozenset()
         self._tuple_length = 0
         self._output: Any = None
         self._parameters = [parameter for each in modules for parameter in each.parameters()]
@@ -163,8 +162,11 @@ class Replay:
             self._called(watch, loss)
             inputs, output = calls.pop()
             self._learned = inputs
-            form = self._output_read(inputs, output, loss) if self.boundary.whole else None
-            self.form = form or self.block_form(self.boundary.depth)
+            self.form = self._output_read(inputs, output, loss) if self.boundary.whole else None
+            if self.form is None:
+                value = self._block_value(self.boundary.depth)
+                self.form = _form(BLOCK, value, inputs)
+                self._idle = self._unread_embeddings(loss, value)
         return self.form
 
     def verify(self, loss: Callable[[], Tensor]) -> None:
@@ -174,15 +176,10 @@ class Replay:
             NotReplayableError: they differ by more than rounding.
         """
         assert self.form is not None
-        exact = self.form.dtype is torch.float32 and self.form.autocast is None
-        close = partial(torch.allclose, rtol=1e-3 if exact else 5e-2)
         with torch.no_grad():
             computed, replayed = self._called(self._real, loss), loss()
-            if self.idle and not close(computed, replayed):
-                # Something above the boundary may read the embeddings too.
-                self.idle = frozenset()
-                replayed = loss()
-        if not close(computed, replayed):
+        exact = self.form.dtype is torch.float32 and self.form.autocast is None
+        if not torch.allclose(computed, replayed, rtol=1e-3 if exact else 5e-2):
             raise NotReplayableError(
                 f"replaying it changes a loss from {float(computed):.6g} to {float(replayed):.6g}"
             )
@@ -216,12 +213,40 @@ class Replay:
         Raises:
             NotReplayableError: it is nothing to keep, or depends on what trains.
         """
+        return _form(BLOCK, self._block_value(depth), self._learned)
+
+    def _block_value(self, depth: int) -> Tensor:
         value = self._capture(self._learned, range(depth))
         if value.requires_grad:
             raise NotReplayableError("what trains feeds the frozen blocks")
+        return value
+
+    def _unread_embeddings(self, loss: Callable[[], Tensor], value: Tensor) -> frozenset[int]:
+        """The embeddings that need not run where the blocks behind them do not.
+
+        Those that return something of the values' form, on which the loss then does not depend:
+        blocks above the boundary may read them too.
+        """
         like = value.shape, value.dtype
-        self.idle = frozenset(i for i, output in self._embedded.items() if output == like)
-        return _form(BLOCK, value, self._learned)
+        self._idle = frozenset(i for i, output in self._embedded.items() if output == like)
+        leaves: dict[int, Tensor] = {}
+        self._leaves, shape = leaves, self._learned["input_ids"].shape
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            inputs = self._plain(args, kwargs)
+            if inputs is None or inputs["input_ids"].shape != shape:
+                return self._real(*args, **kwargs)
+            self._value = value
+            return self._above(*args, **kwargs)
+
+        try:
+            total = self._called(answer, loss)
+        finally:
+            self._leaves = None
+        if not (leaves and total.requires_grad):
+            return self._idle
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return frozenset(i for i, g in zip(leaves, gradients, strict=True) if g is None)
 
     def _capture(self, inputs: Inputs, blocks: range) -> Tensor:
         """What the topmost of these blocks returns; those above hand their input through."""
@@ -270,6 +295,10 @@ class Replay:
             return self._real(*args, **kwargs)
         if form.place != BLOCK:
             return self._outputs(inputs["input_ids"].shape[1])
+        return self._above(*args, **kwargs)
+
+    def _above(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's output where the boundary's value is known."""
         self._run = self._whole[self.boundary.depth :]
         try:
             output = self._real(*args, **kwargs)
@@ -315,8 +344,11 @@ class Replay:
         """Where no block reads what it returns, anything of the same shape will do."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._run.start > 0 and self._value is not None and index in self.idle:
-                return self._value.detach()
+            if self._run.start > 0 and self._value is not None and index in self._idle:
+                other = self._value.detach()
+                if self._leaves is not None:
+                    self._leaves[index] = other.requires_grad_()
+                return other
             output = real(*args, **kwargs)
             if self._captures and isinstance(output, Tensor):
                 self._embedded[index] = output.shape, output.dtype

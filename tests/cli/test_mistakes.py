@@ -93,6 +93,14 @@ MISTAKES = {
         (*TRAIN, "--set", "method.r=4096"),
         ["method.r: rank 4096 is larger than ", "(128×128)", "Use r of at most 128."],
     ),
+    "longer than the model": (
+        _nothing,
+        (*TRAIN, "--set", "train.max_length=513"),
+        [
+            "train.max_length: 513 tokens, but the model has 512 positions. ",
+            "Use --set train.max_length=512 or less.",
+        ],
+    ),
     "folder of another experiment": (
         _other_run,
         (*TRAIN, "--run-dir", "mine"),

@@ -111,6 +111,14 @@ def test_several_recipes(project: Write, call: Call) -> None:
         (("films", "--recipe", "lora", "--memory", "rtx409"), "Did you mean 'rtx4090'"),
         (("-r", "lora", "-m", "bert-tiny", "--task-kind", "clasification", *SHAPE[2:]), "classif"),
         (("-r", "lora", "-m", "no.json", *SHAPE), "there is no file 'no.json'"),
+        (
+            ("films", "--recipe", "ptuning-v2", "--set", "train.max_length=512"),
+            "512 positions, 20 of them taken by the method. Use --set train.max_length=492 or less.",
+        ),
+        (
+            ("-r", "full", "-m", "bert-tiny", *SHAPE[:-1], "600"),
+            "--seq-len: 600 tokens, but the model has 512 positions. Use --seq-len 512 or less.",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_requests(

@@ -414,16 +414,21 @@ def test_embeddings_do_not_run_for_what_is_known(
         assert not calls
 
 
-def test_embeddings_run_where_a_block_above_reads_them_too() -> None:
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_embeddings_run_where_a_block_above_reads_them_too(share: float) -> None:
+    """Also where it does so with a weight that is zero when training starts."""
     case = make("bert", TOP)
     read: list[Tensor] = []
+    weight = torch.nn.Parameter(torch.tensor(share))
+    case.model.bert.encoder.layer[-1].register_parameter("share", weight)
     backbone = case.model.bert
     backbone.embeddings.register_forward_hook(lambda _, __, output: read.append(output))
     backbone.encoder.layer[-1].register_forward_pre_hook(
-        lambda _, args: (args[0] + read[-1], *args[1:])
+        lambda _, args: (args[0] + weight * read[-1], *args[1:])
     )
     batch = case.batch()
     loss, gradients = case.gradients(batch)
+    assert gradients["bert.encoder.layer.2.share"] != 0
     cache = case.cache()
     with case.opened(cache):
         for _ in range(2):
