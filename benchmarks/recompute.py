@@ -8,7 +8,7 @@ those that a forward leaves alive, exact: with transformers' own dropout and att
 peftlab's, and with selective recomputation as well. Steps of the last two alternate; the ratio is
 the median over rounds of a round's own. ``--cpu-time`` counts the process's own time, for a machine
 with other work. Gradients are compared bit by bit. Exit code 1 if a method's gradients differ, if
-it saves under 25% of the first bytes, or takes over 8% more time.
+it saves under 25% of the second bytes, or takes over 8% more time.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def main() -> int:
             f"{after / before - 1:+.0%}) | {before_s:.3f} | {after_s:.3f} | {ratio:.3f} |",
             flush=True,
         )
-        met &= equal and after <= BYTES * first and ratio <= TIME
+        met &= equal and after <= BYTES * before and ratio <= TIME
     return int(not met)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 # Operations, so that they are seen by what watches operations and fake tensors pass through them.
-_library = torch.library.Library("peftlab_bits", "DEF")  # type: ignore[no-untyped-call]
-_library.define("pack(Tensor mask) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("unpack(Tensor bits, SymInt[] shape) -> Tensor")  # type: ignore[no-untyped-call]
-_ops: Any = torch.ops.peftlab_bits
+_library = torch.library.Library("peftlab", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("pack_bits(Tensor mask) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("unpack_bits(Tensor bits, SymInt[] shape) -> Tensor")  # type: ignore[no-untyped-call]
+_ops: Any = torch.ops.peftlab
 
 
 def pack_bits(mask: Tensor) -> Tensor:
     """A mask of any shape, booleans or bytes of zero and one, as (⌈elements / 8⌉,) bytes."""
     if _on_cpu(mask):
-        packed: Tensor = _ops.pack(mask)
+        packed: Tensor = _ops.pack_bits(mask)
         return packed
     flat = mask.flatten().view(torch.uint8)
     if spare := -flat.numel() % 8:
@@ -33,7 +34,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
     """What ``pack_bits`` was given on the same device, contiguous, as booleans of that shape."""
     if _on_cpu(bits):
-        mask: Tensor = _ops.unpack(bits, shape)
+        mask: Tensor = _ops.unpack_bits(bits, shape)
         return mask.view(torch.bool)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flat = ((bits >> places[:, None]) & 1).view(torch.bool).flatten()
@@ -64,7 +65,7 @@ def _pack_nothing(mask: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
+    flat = np.unpackbits(bits.numpy(), count=math.prod(shape))
     return torch.from_numpy(flat).view(shape)
 
 
@@ -72,7 +73,7 @@ def _unpack_nothing(bits: Tensor, shape: torch.Size) -> Tensor:
     return bits.new_empty(shape)
 
 
-_library.impl("pack", _pack, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("pack", _pack_nothing, "Meta")  # type: ignore[no-untyped-call]
-_library.impl("unpack", _unpack, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("unpack", _unpack_nothing, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("pack_bits", _pack, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("pack_bits", _pack_nothing, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("unpack_bits", _unpack, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("unpack_bits", _unpack_nothing, "Meta")  # type: ignore[no-untyped-call]
