@@ -139,8 +139,9 @@ class Loop:
                 meter=meter,
             )
         self.guard.observe(self.model)
-        # Not through Accelerate's optimizer, which looks for a package on the disk each time.
-        self.model.zero_grad()
+        # Accelerate's optimizer would look for a package on the disk, the model for every module.
+        for parameter in self.parameters:
+            parameter.grad = None
         padded = self.schedule.shapes_of(self.progress.step)
         padded_tokens = sum(map(math.prod, padded))
         if (measurement := meter.result()) is not None:

@@ -34,6 +34,7 @@ class Schedule:
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.plan = BatchPlan(lengths, rows * num_processes, seed, config.group_by_length)
         self._epoch = lru_cache(maxsize=1)(self.plan.epoch)
+        self._micro_batches = lru_cache(maxsize=1)(self._split)
         steps = math.ceil(config.num_train_epochs * self.plan.steps_per_epoch)
         self.total_steps = config.max_steps or steps
 
@@ -49,6 +50,9 @@ class Schedule:
 
     def micro_batches(self, step: int) -> Micros:
         """A step's examples by micro-batch and process."""
+        return self._micro_batches(step)
+
+    def _split(self, step: int) -> Micros:
         size = self._config.per_device_train_batch_size
         return self.plan.micro_batches(self.rows_of(step), size, self.num_processes)
 
