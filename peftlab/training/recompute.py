@@ -89,6 +89,11 @@ class _Origin:
 class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes on each result of a cheap operation how it was made, and what dropout drew."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # What hides the mode from the compiler takes longer than the mode; nothing is compiled.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -138,6 +143,8 @@ class _Again:
     def _make(self) -> Tensor:
         args = [_value(arg) for arg in self._args]
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return _first(self._func(*args, **self._kwargs))
         # What autocast cast is among the operations; backward may run inside of it.
         with torch.autocast(device, enabled=False):
             return _first(self._func(*args, **self._kwargs))
@@ -168,8 +175,7 @@ def _pack(tensor: Tensor) -> _Kept | _View | _Again:
     if again is None:
         origin = _origin(root)
         origin.kept, origin.made = True, None
-        # Detached, or a result that its own operation keeps would keep itself alive.
-        return _Kept(tensor.detach(), tensor._version)
+        return _kept(tensor)
     return _use(again, tensor, root)
 
 
@@ -199,7 +205,12 @@ def _source(arg: Any) -> Any:
         return arg
     root = _root(arg)
     again = _again(root)
-    return _Kept(arg.detach(), arg._version) if again is None else _use(again, arg, root)
+    return _kept(arg) if again is None else _use(again, arg, root)
+
+
+def _kept(tensor: Tensor) -> _Kept:
+    # Detached, or a result that its own operation keeps would keep itself alive.
+    return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
 
 
 def _use(again: _Again, tensor: Tensor, root: Tensor) -> _View | _Again:
