@@ -160,7 +160,9 @@ class _Mask(_Again):
         self._divisor = divisor
 
     def _make(self) -> Tensor:
-        value = unpack_bits(self._bits, self._shape).to(self._dtype)
+        value = unpack_bits(self._bits, self._shape)
+        # A byte of zero or one is a boolean already; torch would copy it.
+        value = value.view(self._dtype) if self._dtype is torch.uint8 else value.to(self._dtype)
         if self._divisor is not None:
             value.div_(self._divisor)
         if value.stride() != self._stride:

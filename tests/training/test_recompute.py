@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -182,3 +184,37 @@ def test_changes_in_place_are_seen() -> None:
     selective.late = True
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         selective(x).sum().backward()
+
+
+class Exponential(nn.Module):
+    """A block of an operation that keeps its own result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.made = self.first(x).exp()
+        return self.second(self.made)
+
+
+def test_what_is_kept_neither_outlives_its_graph_nor_changes_unseen() -> None:
+    from functools import partial
+
+    from peftlab.training.recompute import _selectively
+
+    module = Exponential()
+    module.forward = partial(_selectively, module)  # type: ignore[method-assign]
+    x = torch.randn(3, 8, requires_grad=True)
+    loss = module(x).sum()
+    with torch.no_grad():
+        module.second.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    made = weakref.ref(module.made)
+    gc.disable()
+    try:
+        del loss, module.made
+        assert made() is None
+    finally:
+        gc.enable()
