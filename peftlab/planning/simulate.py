@@ -53,7 +53,7 @@ from peftlab.tasks.base import TaskKind
 from peftlab.tasks.packing import pack
 from peftlab.training.config import TrainConfig
 from peftlab.training.modes import set_training_mode
-from peftlab.training.step import MicroBatch, optimizer_step
+from peftlab.training.step import MicroBatch, cuda_norm, optimizer_step
 from peftlab.trunk.boundary import NoBoundary
 from peftlab.trunk.cache import OFF, too_large
 from peftlab.trunk.replay import Blank, NotReplayableError, Replay
@@ -144,6 +144,7 @@ def simulate(
                 emulated.enter_context(cuda_products())
                 emulated.enter_context(cuda_dropout())
                 emulated.enter_context(cuda_bits())
+                emulated.enter_context(cuda_norm())
                 if request.method.traits.is_peft:
                     # Imports PEFT, which no other method needs.
                     from peftlab.methods.fused_lora import cuda_layers

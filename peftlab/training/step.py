@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 Batch = Mapping[str, Tensor]
@@ -105,7 +107,7 @@ def _clip_and_update(
         norm = backend.clip_grad_norm_(parameters, max_norm)
         optimizer.step()
         return norm
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = _total_norm([p.grad for p in parameters if p.grad is not None])
     wrapped.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)
     try:
         # Accelerate's own step would only look twice for a package on the disk.
@@ -113,3 +115,30 @@ def _clip_and_update(
     finally:
         del wrapped.grad_scale
     return norm
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all elements together."""
+    if not gradients or not all(map(_has_quick_product, gradients)):
+        return torch.nn.utils.get_total_norm(gradients)
+    flat = [gradient.view(-1) for gradient in gradients]
+    return torch.stack([torch.dot(one, one) for one in flat]).sum().sqrt_()
+
+
+def _has_quick_product(gradient: Tensor) -> bool:
+    """Whether BLAS multiplies it with itself: up to three times faster than torch takes a norm."""
+    # Not a shard, which has elements elsewhere.
+    plain = type(gradient) in (Tensor, FakeTensor) and gradient.device.type == "cpu"
+    # In half precision the product would be rounded, and overflow.
+    return plain and gradient.is_contiguous() and gradient.dtype in (torch.float32, torch.float64)
+
+
+def _has_no_product(gradient: Tensor) -> bool:
+    return False
+
+
+@contextmanager
+def cuda_norm() -> Iterator[None]:
+    """Inside, tensors on the CPU stand for some on CUDA, where torch's norm is one kernel."""
+    with mock.patch(f"{__name__}._has_quick_product", _has_no_product):
+        yield

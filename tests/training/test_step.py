@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from peftlab.memory.meter import NullMeter
 from peftlab.optim.table import OPTIMIZERS
-from peftlab.training.step import MicroBatch, optimizer_step
+from peftlab.training.step import MicroBatch, _total_norm, cuda_norm, optimizer_step
 from tests.optim.conftest import make_optimizer
 
 
@@ -161,3 +162,32 @@ def test_a_norm_that_is_not_finite_is_reported(accelerator: CountingAccelerator)
     assert result.loss.isnan()
     assert result.grad_norm is not None
     assert result.grad_norm.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_norm_of_all_gradients(dtype: torch.dtype, transposed: bool) -> None:
+    torch.manual_seed(0)
+    # Squares that half precision cannot hold.
+    gradients = [20 * torch.randn(shape, dtype=dtype) for shape in ((300, 700), (5,), (1, 1), ())]
+    gradients = [one.mT if transposed and one.dim() > 1 else one for one in gradients]
+    exact = torch.cat([one.double().flatten() for one in gradients]).norm()
+    norm = _total_norm(gradients)
+    # torch adds the squares of rows that are not beside each other in fewer sums.
+    rounding = (64 if transposed else 4) * torch.finfo(dtype).eps
+    assert norm.dtype is dtype
+    torch.testing.assert_close(norm.double(), exact, rtol=rounding, atol=0.0)
+
+
+def test_the_norm_of_no_gradient() -> None:
+    assert _total_norm([]) == 0
+
+
+def test_the_norm_on_cuda_is_one_kernel() -> None:
+    gradients = [torch.ones(3), torch.ones(13)]
+    with patch.object(torch, "_foreach_norm", wraps=torch._foreach_norm) as kernel:
+        assert _total_norm(gradients) == 4
+        assert not kernel.called
+        with cuda_norm():
+            assert _total_norm(gradients) == 4
+        assert kernel.called
