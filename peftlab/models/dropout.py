@@ -114,7 +114,23 @@ def _draw_as_cuda(like: Tensor, probability: float) -> Tensor | None:
 
 def _drop(x: Tensor, probability: float) -> Tensor:
     kept = draw_kept(x, x.shape, probability)
-    return (x * (1 / (1 - probability))).mul_(kept)
+    dropped: Tensor = _Dropped.apply(x, kept, 1 / (1 - probability))  # type: ignore[no-untyped-call]
+    return dropped
+
+
+class _Dropped(torch.autograd.Function):
+    """s x ∘ K. The product with bytes would cast them to a tensor of its own, and again behind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        # Not s first: in half precision s K would be rounded.
+        return kept.to(x.dtype).mul_(x).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Dropped.apply(grad, *ctx.saved_tensors, ctx.scale), None, None  # type: ignore[no-untyped-call]
 
 
 def _drop_as_cuda(x: Tensor, probability: float) -> Tensor:

@@ -53,6 +53,27 @@ def test_scaled_and_differentiated() -> None:
     torch.testing.assert_close(x.grad, kept * 4.0)
 
 
+def test_second_derivatives() -> None:
+    model = fast(0.25)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return model(x) ** 2
+
+    x = torch.randn(3, 5, dtype=torch.float64).mT.requires_grad_()
+    assert torch.autograd.gradcheck(f, x)
+    assert torch.autograd.gradgradcheck(f, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounds_once_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4096, dtype=dtype)
+    out = fast(0.3)(x)
+    expected = (x.double() * (1 / 0.7)).to(dtype)
+    torch.testing.assert_close(out, expected.where(out != 0, 0), rtol=0, atol=0)
+
+
 def test_seeded() -> None:
     model, x = fast(0.5), torch.ones(33)
     torch.manual_seed(4)
