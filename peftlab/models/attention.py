@@ -168,15 +168,25 @@ class _KeptProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(probabilities, value, kept)
         ctx.scale = scale
-        return torch.bmm(probabilities * kept, value).mul_(scale)
+        return _scaled_product(kept.to(probabilities.dtype).mul_(probabilities), value, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         probabilities, value, kept = ctx.saved_tensors
-        grad = grad * ctx.scale
+        # Once for both: the cast costs as much as the product.
+        kept = kept.to(probabilities.dtype)
         grad_probabilities = grad_value = None
         if ctx.needs_input_grad[0]:
-            grad_probabilities = torch.bmm(grad, value.transpose(1, 2)).mul_(kept)
+            grad_probabilities = _scaled_product(grad, value.transpose(1, 2), ctx.scale).mul_(kept)
         if ctx.needs_input_grad[1]:
-            grad_value = torch.bmm((probabilities * kept).transpose(1, 2), grad)
+            # In place unless a second derivative needs it.
+            again = torch.is_grad_enabled()
+            masked = kept * probabilities if again else kept.mul_(probabilities)
+            grad_value = _scaled_product(masked.transpose(1, 2), grad, ctx.scale)
         return grad_probabilities, grad_value, None, None
+
+
+def _scaled_product(one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """The batched product times a number, without a pass for the number."""
+    out = one.new_empty(one.shape[0], one.shape[1], other.shape[2])
+    return out.baddbmm_(one, other, beta=0, alpha=scale)
