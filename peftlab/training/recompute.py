@@ -14,6 +14,7 @@ cache of keys and values, so not with a prefix.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -143,10 +144,9 @@ class _Again:
     def _make(self) -> Tensor:
         args = [_value(arg) for arg in self._args]
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(device):
-            return _first(self._func(*args, **self._kwargs))
         # What autocast cast is among the operations; backward may run inside of it.
-        with torch.autocast(device, enabled=False):
+        casts = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
             return _first(self._func(*args, **self._kwargs))
 
 
