@@ -4,9 +4,9 @@
     python benchmarks/speed.py --growth --write docs/benchmarks.md
     python benchmarks/speed.py --max-steps 30 --results runs/quick.json   # a quick look
 
-Every run is a fresh process. The sides of a pair follow each other, and who begins changes from
-pair to pair. Results are added to a file pair by pair: the same command goes on where it was
-stopped, and what is in the file is not run again.
+Every run is a fresh process. The sides of a pair follow each other, those of ``--growth`` cell by
+cell, and who begins changes from pair to pair. Results are added to a file pair by pair: the same
+command goes on where it was stopped, and what is in the file is not run again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import json
 import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import Any
 
 from speed_page import page
 from speed_sides import OURS, PEERS, TASK, Result, Setting, run_side
+from turns import Turns, alternate
 
 from peftlab.files import write_json, write_text
 
@@ -150,7 +149,7 @@ def in_fresh_process(side: str, setting: Setting, method: str, seed: int) -> Res
 
 
 def run_growth(results: Results, arguments: argparse.Namespace) -> None:
-    """One comparison with the frozen trunk's cache, empty at its start, and one without."""
+    """A comparison with the frozen trunk's cache, empty at its start, and one without, in turns."""
     setting = {
         "model": arguments.model,
         "rows": arguments.rows,
@@ -162,50 +161,47 @@ def run_growth(results: Results, arguments: argparse.Namespace) -> None:
         key = {"setting": setting, "repeat": repeat}
         if results.find("growth", key) is not None:
             continue
-        order = (True, False) if repeat % 2 == 0 else (False, True)
-        found = {cached: _comparison(setting, cached) for cached in order}
+        found = _comparisons(setting, (True, False) if repeat % 2 == 0 else (False, True))
         results.add("growth", key, {"cached": found[True], "uncached": found[False]})
         wall = found[False]["wall_seconds"] / found[True]["wall_seconds"]
         _say(f"{found[True]['wall_seconds']:.1f} s with the cache, {wall:.2f}× without")
 
 
-def _comparison(setting: dict[str, Any], cached: bool) -> dict[str, Any]:
-    """``peftlab compare`` from start to exit, and what each of its cells took."""
+def _comparisons(setting: dict[str, Any], order: Sequence[bool]) -> dict[bool, dict[str, Any]]:
+    """``peftlab compare`` with the cache and without, in turns, and what each cell took."""
     from peftlab.trunk.store import CACHE_VARIABLE
 
-    with tempfile.TemporaryDirectory(prefix="peftlab-speed-") as folder:
-        command = [sys.executable, "-m", *growth_command(setting, cached)]
-        command += ["--json", "--output-dir", f"{folder}/runs"]
-        started = time.perf_counter()
-        done = subprocess.run(
-            command,
-            env={**os.environ, CACHE_VARIABLE: f"{folder}/trunk"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        wall_seconds = time.perf_counter() - started
-    if done.returncode != 0:
-        raise SystemExit(f"failed with exit code {done.returncode}: {' '.join(command)}")
-    comparison = json.loads(done.stdout)
-    cells = [
-        {
-            "recipe": cell["recipe"],
-            "seed": cell["seed"],
-            "train_seconds": cell["speed"]["train_seconds"],
-            "eval_seconds": cell["speed"]["eval_seconds"],
-            "load_seconds": cell["speed"]["load_seconds"],
-            "train_flops": cell["speed"]["train_flops"],
-            "metric": cell["metrics"][cell["metric"]],
-        }
-        for cell in comparison["cells"]
-    ]
-    return {"wall_seconds": wall_seconds, "cells": cells}
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="peftlab-speed-") as name:
+        turns = {}
+        for cached in order:
+            folder = Path(name, f"cached-{cached}")
+            folder.mkdir()
+            words = [*growth_command(setting, cached), "--json", "--output-dir", f"{folder}/runs"]
+            env = {**os.environ, CACHE_VARIABLE: f"{folder}/trunk"}
+            turns[cached] = Turns(words, env, folder / "comparison.json")
+        alternate(list(turns.values()))
+        for cached, side in turns.items():
+            comparison = json.loads(side.output.read_text(encoding="utf-8"))
+            cells = [_times(cell) for cell in comparison["cells"]]
+            found[cached] = {"wall_seconds": side.seconds, "cells": cells}
+    return found
+
+
+def _times(cell: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of a comparison's cell."""
+    speed = ("train_seconds", "eval_seconds", "load_seconds", "train_flops")
+    return {
+        "recipe": cell["recipe"],
+        "seed": cell["seed"],
+        **{name: cell["speed"][name] for name in speed},
+        "metric": cell["metrics"][cell["metric"]],
+    }
 
 
 def growth_command(setting: dict[str, Any], cached: bool) -> list[str]:
-    """The words of the comparison that a growth setting stands for."""
-    words = ["peftlab", "compare", TASK, "--recipes", ",".join(setting["recipes"])]
+    """The words after ``peftlab`` of the comparison that a growth setting stands for."""
+    words = ["compare", TASK, "--recipes", ",".join(setting["recipes"])]
     words += ["--seeds", str(setting["seeds"]), "--model", setting["model"]]
     words += ["--set", f"data.max_train_rows={setting['rows']}"]
     words += ["--set", f"train.num_train_epochs={setting['epochs']}"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,11 +162,11 @@ def test_the_growth_part_compares_with_and_without_the_cache(
 ) -> None:
     ran: list[bool] = []
 
-    def comparison(setting: dict[str, Any], cached: bool) -> dict[str, Any]:
-        ran.append(cached)
-        return {"wall_seconds": 1.0 if cached else 4.0, "cells": []}
+    def comparisons(setting: dict[str, Any], order: tuple[bool, ...]) -> dict[bool, dict[str, Any]]:
+        ran.extend(order)
+        return {c: {"wall_seconds": 1.0 if c else 4.0, "cells": []} for c in order}
 
-    monkeypatch.setattr(speed, "_comparison", comparison)
+    monkeypatch.setattr(speed, "_comparisons", comparisons)
     results = speed.Results(tmp_path / "results.json", environment())
     arguments = speed._arguments(["--growth", "--growth-seeds", "2", "--pairs", "2"])
     for _ in range(2):
@@ -174,6 +176,47 @@ def test_the_growth_part_compares_with_and_without_the_cache(
     assert [entry["repeat"] for entry in kept] == [0, 1]
     command = speed.growth_command(kept[0]["setting"], cached=False)
     assert command[-1] == "train.trunk_cache=off"
+
+
+def test_comparisons_take_turns_cell_by_cell(
+    speed: ModuleType, bert_tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[tuple[bool, float]] = []
+    take = speed.Turns.take
+
+    def watched(command: Any) -> None:
+        before = command.seconds
+        take(command)
+        turns.append((command.output.parent.name == "cached-True", command.seconds - before))
+
+    monkeypatch.setattr(speed.Turns, "take", watched)
+    setting = {"model": bert_tiny, "rows": 16, "recipes": ["head-only"], "seeds": 2, "epochs": 1}
+    found = speed._comparisons(setting, (False, True))
+    # A start and two cells each; who goes first changes.
+    assert [cached for cached, _ in turns] == [False, True, True, False, False, True]
+    for cached, side in found.items():
+        own = [seconds for one, seconds in turns if one is cached]
+        assert side["wall_seconds"] == pytest.approx(sum(own))
+        assert [cell["seed"] for cell in side["cells"]] == [0, 1]
+        for cell, seconds in zip(side["cells"], own[1:], strict=True):
+            assert 0 < cell["train_seconds"] < seconds
+    without, with_it = (found[cached]["cells"] for cached in (False, True))
+    assert [cell["metric"] for cell in without] == [cell["metric"] for cell in with_it]
+    assert with_it[1]["train_flops"] < without[1]["train_flops"]
+
+
+def test_a_command_that_fails_ends_the_one_that_waits(speed: ModuleType, tmp_path: Path) -> None:
+    waits, fails = (
+        speed.Turns(
+            ["compare", "movie-sentiment", "--recipes", "lorra"], os.environ, tmp_path / name
+        )
+        for name in ("waits", "fails")
+    )
+    stop = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+    waits._command = [sys.executable, "-c", stop]
+    with pytest.raises(SystemExit, match="exit code 2"):
+        speed.alternate([waits, fails])
+    assert waits._process.returncode == -signal.SIGKILL
 
 
 def test_results_of_another_machine_are_not_mixed_in(speed: ModuleType, tmp_path: Path) -> None:
