@@ -61,7 +61,7 @@ The wall time of a whole `peftlab compare`, from the start of Python to its end:
 an evaluation each epoch and the test of every cell. Once with the cache of the frozen trunk, which
 is empty at the start, and once with `--set train.trunk_cache=off`; a ratio is without ÷ with. The
 two commands take turns: before each of its cells a command waits until the other has done one, and
-a command's time is that of its turns, so that the machine's mood is the same for both.
+a command's time is that of its turns, so that a change in the machine's speed meets both.
 Times of training and evaluation are sums over the cells. *Arithmetic* is the floating-point
 operations of training, counted, filling the cache included: the ratio that training would come to
 if nothing but matrix products took time. *Rate* is that over the seconds of training: a replayed
