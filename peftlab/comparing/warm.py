@@ -20,7 +20,8 @@ try:
     # A cell that collects garbage need not look through it, nor copy it.
     gc.collect()
     gc.freeze()
-    gc.enable()
 except KeyboardInterrupt:
     # Who started the server heard it too, and answers.
     sys.exit(130)
+finally:
+    gc.enable()
