@@ -189,7 +189,7 @@ def _comparisons(setting: dict[str, Any], order: Sequence[bool]) -> dict[bool, d
 
 
 def _times(cell: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of a comparison's cell."""
+    """What a comparison's cell took, and how well it did."""
     speed = ("train_seconds", "eval_seconds", "load_seconds", "train_flops")
     return {
         "recipe": cell["recipe"],

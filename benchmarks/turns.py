@@ -7,6 +7,7 @@ to, so that its cells alternate with those of another command and no time of one
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ class Turns:
     def __init__(self, words: Sequence[str], env: Mapping[str, str], output: Path) -> None:
         self.seconds = 0.0
         self.exit_code: int | None = None
+        self.words = words
         self._command = [sys.executable, __file__, *words]
         self._env, self.output = env, output
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,7 +65,8 @@ def alternate(commands: Sequence[Turns]) -> None:
             for each in waiting:
                 each.take()
                 if each.exit_code:
-                    raise SystemExit(f"failed with exit code {each.exit_code}")
+                    command = shlex.join(["peftlab", *each.words])
+                    raise SystemExit(f"failed with exit code {each.exit_code}: {command}")
             order.reverse()
     finally:
         for each in order:
@@ -71,6 +74,7 @@ def alternate(commands: Sequence[Turns]) -> None:
 
 
 def main() -> None:
+    """What a command runs: ``peftlab``, with a stop before each cell."""
     from peftlab.cli import main as peftlab
     from peftlab.comparing.cells import CellRunner
 
