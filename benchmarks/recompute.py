@@ -26,7 +26,7 @@ import transformers
 from pages import wait
 from torch import Tensor, nn
 
-from peftlab.memory.host_allocator import keep_freed_memory
+from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks
 from peftlab.memory.timeline import Timeline
 from peftlab.methods import METHODS
 from peftlab.models.attention import draw_attention_dropout_fast
@@ -124,6 +124,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    keep_large_blocks()
     clock = time.process_time if options.cpu_time else time.perf_counter
     size = (options.batch, options.length)
     ids = torch.randint(1000, 30000, size, device=options.device)

@@ -24,7 +24,7 @@ from peftlab.errors import DivergedError, IncompatibleError, Problem, RunError
 from peftlab.experiment.schema import Experiment
 from peftlab.files import replace_folder, write_json, write_text
 from peftlab.memory.flops import count_flops
-from peftlab.memory.host_allocator import keep_freed_memory, return_freed_memory
+from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks, return_freed_memory
 from peftlab.memory.meter import available_bytes, process_peak_bytes
 from peftlab.planning.experiment import plan_experiment
 from peftlab.results.record import CurvePoint, Memory, PhaseMarks, Record, Speed, Status
@@ -220,6 +220,9 @@ class Execution:
                 )
             self.known["notes"] += (warning,)
             logger.warning("%s: %s", self.experiment.recipe, warning)
+        elif accelerator.device.type == "cpu" and 2 * planned.needed_bytes <= available:
+            # Holes cost less than what tensors take.
+            keep_large_blocks()
 
     def _listeners(self, accelerator: Accelerator, progress: bool) -> list[Listener]:
         experiment = self.experiment

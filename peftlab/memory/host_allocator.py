@@ -13,10 +13,11 @@ import sys
 
 from peftlab.units import MIB
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """malloc.h"""
 _LARGEST_MMAP_THRESHOLD = 32 * MIB
 """glibc refuses more; larger blocks are mapped one by one, so they leave no holes."""
+_DEFAULT_MMAP_MAX = 65536
 _NEVER = 2**31 - 1
 _USERS_OWN = (
     "MALLOC_TRIM_THRESHOLD_",
@@ -43,10 +44,25 @@ def keep_freed_memory() -> bool:
     return bool(taken and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
+def keep_large_blocks() -> bool:
+    """From here on freed blocks above 32 MiB are kept as well: where memory is plentiful.
+
+    A step of full fine-tuning otherwise faults in the gradient of every large matrix anew. A hole
+    that such a block leaves in the heap is as large as the block.
+
+    Returns:
+        Whether glibc took it.
+    """
+    libc = _glibc()
+    return libc is not None and not _is_tuned() and bool(libc.mallopt(_M_MMAP_MAX, 0))
+
+
 def return_freed_memory() -> None:
-    """Give the system what is free now."""
+    """Give the system what is free now, and large blocks when they are freed."""
     libc = _glibc()
     if libc is not None:
+        if not _is_tuned():
+            libc.mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
         libc.malloc_trim(0)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peftlab.memory.host_allocator import keep_freed_memory, return_freed_memory
+from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks, return_freed_memory
 from peftlab.units import MIB
 
 CHOSEN = [
@@ -23,10 +23,12 @@ CHOSEN = [
 ON_GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 FAULTS = """
 import resource, sys
-from peftlab.memory.host_allocator import keep_freed_memory
-print(int(keep_freed_memory()) if sys.argv[1] == "keep" else 0)
+from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks
+mode, blocks, mebibytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+taken = mode != "leave" and keep_freed_memory() and (mode == "keep" or keep_large_blocks())
+print(int(taken))
 def step():
-    blocks = [bytearray(2**20) for _ in range(64)]
+    kept = [bytearray(mebibytes * 2**20) for _ in range(blocks)]
 step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -72,15 +74,19 @@ def test_both_limits_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keep_freed_memory()
     assert libc.calls == [("mallopt", -3, 32 * MIB), ("mallopt", -1, 2**31 - 1)]
     libc.calls.clear()
+    assert keep_large_blocks()
+    assert libc.calls == [("mallopt", -4, 0)]
+    libc.calls.clear()
     return_freed_memory()
-    assert libc.calls == [("malloc_trim", 0)]
+    assert libc.calls == [("mallopt", -4, 65536), ("malloc_trim", 0)]
 
 
 def test_a_limit_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    libc = Libc(refuses=(-3,))
+    libc = Libc(refuses=(-3, -4))
     use(libc, monkeypatch)
     assert not keep_freed_memory()
     assert libc.calls == [("mallopt", -3, 32 * MIB)]
+    assert not keep_large_blocks()
 
 
 @pytest.mark.parametrize("variables", CHOSEN, ids=lambda variables: next(iter(variables)))
@@ -92,7 +98,9 @@ def test_what_the_user_chose_stays(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert not keep_freed_memory()
-    assert libc.calls == []
+    assert not keep_large_blocks()
+    return_freed_memory()
+    assert libc.calls == [("malloc_trim", 0)]
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
@@ -103,21 +111,23 @@ def test_another_c_library_is_left_alone(platform: str, monkeypatch: pytest.Monk
         monkeypatch.delattr(ctypes, "CDLL")
     monkeypatch.setattr(sys, "platform", platform)
     assert not keep_freed_memory()
+    assert not keep_large_blocks()
     return_freed_memory()
 
 
 @pytest.mark.skipif(not ON_GLIBC, reason="another C library")
-def test_pages_are_not_faulted_in_again() -> None:
-    taken, kept = _faults("keep")
+@pytest.mark.parametrize(("mode", "blocks", "mebibytes"), [("keep", 64, 1), ("keep all", 2, 40)])
+def test_pages_are_not_faulted_in_again(mode: str, blocks: int, mebibytes: int) -> None:
+    taken, kept = _faults(mode, blocks, mebibytes)
     assert taken
-    _, default = _faults("leave")
+    _, default = _faults("leave", blocks, mebibytes)
     assert kept < default / 10, (kept, default)
 
 
-def _faults(mode: str) -> tuple[int, int]:
-    """Whether glibc took it, and the page faults of ten steps of 64 MiB."""
+def _faults(mode: str, blocks: int, mebibytes: int) -> tuple[int, int]:
+    """Whether glibc took it, and the page faults of ten steps that allocate and free."""
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS, mode],
+        [sys.executable, "-c", FAULTS, mode, str(blocks), str(mebibytes)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,

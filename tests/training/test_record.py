@@ -147,8 +147,9 @@ def test_saved_bytes_are_the_folders(lora: Run) -> None:
 
 
 @on_the_cpu
+@pytest.mark.parametrize("plentiful", [True, False])
 def test_the_allocator_keeps_what_a_run_frees(
-    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plentiful: bool, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
@@ -161,10 +162,17 @@ def test_the_allocator_keeps_what_a_run_frees(
 
         return call
 
-    for name in ("keep_freed_memory", "assemble", "return_freed_memory"):
+    for name in ("keep_freed_memory", "keep_large_blocks", "assemble", "return_freed_memory"):
         monkeypatch.setattr(execute, name, noted(name))
+    if not plentiful:
+        done = run(task, tmp_path / "before", "head-only")
+        assert done.record.plan is not None
+        needed = done.record.plan["needed_bytes"]
+        monkeypatch.setattr(execute, "available_bytes", lambda device: 2 * needed - 1)
+        calls.clear()
     assert run(task, tmp_path / "run", "head-only").record.status == "ok"
-    assert calls == ["keep_freed_memory", "assemble", "return_freed_memory"]
+    large = ["keep_large_blocks"] if plentiful else []
+    assert calls == ["keep_freed_memory", *large, "assemble", "return_freed_memory"]
 
 
 def test_the_same_again_is_not_trained_again(lora: Run, task: Path) -> None:
