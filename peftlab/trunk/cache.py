@@ -22,7 +22,7 @@ from peftlab.trunk.store import Store, budget_bytes, free_bytes, trunk_cache_dir
 from peftlab.units import format_bytes
 
 OFF = "off"
-FILL_TOKENS = {"cpu": 1024}
+FILL_TOKENS = {"cpu": 2048}
 """Tokens of a batch that is computed to be kept, padding included, by device: a CPU is fastest
 where they fit into its caches."""
 _FILL_TOKENS_ELSEWHERE = 16384
