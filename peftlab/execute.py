@@ -221,7 +221,7 @@ class Execution:
             self.known["notes"] += (warning,)
             logger.warning("%s: %s", self.experiment.recipe, warning)
         elif accelerator.device.type == "cpu" and 2 * planned.needed_bytes <= available:
-            # Holes cost less than what tensors take.
+            # That leaves room for holes as large together as all tensors.
             keep_large_blocks()
 
     def _listeners(self, accelerator: Accelerator, progress: bool) -> list[Listener]:

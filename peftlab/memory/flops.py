@@ -86,7 +86,7 @@ class count_flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # What hides the mode from the compiler takes longer than the mode.
+        # The guard that hides it from the compiler has its price at every operation.
         return False
 
     def __torch_dispatch__(
