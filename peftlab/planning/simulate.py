@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -26,13 +27,7 @@ from peftlab.memory.cards import Chip
 from peftlab.memory.emulate import ScaledOptimizer, cuda_kernels
 from peftlab.memory.fake import fake_world
 from peftlab.memory.kernels import Kernels
-from peftlab.memory.meter import (
-    CudaMeter,
-    NullMeter,
-    StepMeasurement,
-    StepMeter,
-    TimelineMeter,
-)
+from peftlab.memory.meter import CudaMeter, NullMeter, StepMeasurement, StepMeter, TimelineMeter
 from peftlab.memory.timeline import CUDA_GRANULARITY, Timeline
 from peftlab.memory.trace import StepTrace
 from peftlab.methods.base import Method
@@ -338,7 +333,8 @@ def synthetic_batches(request: PlanRequest) -> list[dict[str, Tensor]]:
         batch["labels"] = torch.zeros(len(request.lengths))
     else:
         batch["labels"] = torch.zeros(len(request.lengths), dtype=torch.long)
-    return [batch] * request.train.gradient_accumulation_steps
+    # Each micro-batch is collated for itself, so none shares another's memory.
+    return [copy.deepcopy(batch) for _ in range(request.train.gradient_accumulation_steps)]
 
 
 def _num_items(kind: TaskKind[Any], batches: Sequence[Mapping[str, Tensor]]) -> int:

@@ -18,7 +18,7 @@ from peftlab.models.config import PrecisionConfig
 from peftlab.models.tiny import tiny_config
 from peftlab.optim.config import OptimConfig
 from peftlab.planning.answer import answer
-from peftlab.planning.simulate import PlanRequest, measure, simulate
+from peftlab.planning.simulate import PlanRequest, measure, simulate, synthetic_batches
 from peftlab.tasks import TASK_KINDS
 from peftlab.training.config import TrainConfig
 
@@ -100,6 +100,8 @@ def test_every_event_as_in_a_real_step(
     assert planned.notes == real.notes
 
 
+# bitsandbytes, of single tokens through matrices as narrow as these.
+@pytest.mark.filterwarnings("ignore:inner dimension .* is not aligned:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("architecture", "kind", "method", "overrides"), CASES)
 def test_every_mark_as_the_allocator_of_cuda_counts(
@@ -149,6 +151,15 @@ def test_a_compiled_model_is_not_planned() -> None:
         simulate(request)
 
 
+def test_every_micro_batch_holds_its_own_inputs() -> None:
+    request = request_of("bert", "classification", FULL)
+    one, three = (
+        simulate(request.with_train(gradient_accumulation_steps=steps)).trace.marks().start_bytes
+        for steps in (1, 3)
+    )
+    assert three - one == 2 * sum(t.nbytes for t in synthetic_batches(request)[0].values())
+
+
 def test_unread_positions_cost_nothing() -> None:
     request = request_of("bert", "classification", FULL)
     skipped, plain = simulate(request), simulate(request.with_train(skip_unread_positions=False))
@@ -169,9 +180,11 @@ def test_the_step_is_that_of_accelerate(
         return accelerator
 
     monkeypatch.setattr(simulation, "_Backend", accelerated)
+    # Of whichever device the process has used before and will use after.
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         real = measure(request)
     finally:
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     assert planned.trace.events == real.trace.events
