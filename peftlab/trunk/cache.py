@@ -105,6 +105,8 @@ class TrunkCache:
                     self._give_up(str(error))
                 except OSError as error:
                     self._give_up(f"the cache cannot be used: {error}")
+                # Nothing asks for it again, and it would stay on the device.
+                self._replay.learned = {}
             try:
                 yield
             finally:

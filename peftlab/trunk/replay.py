@@ -95,7 +95,7 @@ class Blank:
 class Replay:
     """Replays the trunk of one model while ``attached``, once ``learn`` has been called.
 
-    ``start`` saves blocks where values are computed.
+    ``start`` saves blocks where values are computed; ``learned`` is the batch learned from.
     """
 
     def __init__(self, boundary: Boundary, source: Source) -> None:
@@ -108,7 +108,7 @@ class Replay:
         self._whole = range(len(boundary.blocks))
         self._run, self._captures = self._whole, False
         self._value: Tensor | None = None
-        self._learned: Inputs = {}
+        self.learned: Inputs = {}
         modules = [module for _, module in boundary.below]
         self._embeddings = [*takewhile(lambda module: module is not boundary.blocks[0], modules)]
         self._embedded: dict[int, tuple[torch.Size, torch.dtype]] = {}
@@ -161,7 +161,7 @@ class Replay:
         with torch.enable_grad():
             self._called(watch, loss)
             inputs, output = calls.pop()
-            self._learned = inputs
+            self.learned = inputs
             self.form = self._output_read(inputs, output, loss) if self.boundary.whole else None
             if self.form is None:
                 value = self._block_value(self.boundary.depth)
@@ -213,10 +213,10 @@ class Replay:
         Raises:
             NotReplayableError: it is nothing to keep, or depends on what trains.
         """
-        return _form(BLOCK, self._block_value(depth), self._learned)
+        return _form(BLOCK, self._block_value(depth), self.learned)
 
     def _block_value(self, depth: int) -> Tensor:
-        value = self._capture(self._learned, range(depth))
+        value = self._capture(self.learned, range(depth))
         if value.requires_grad:
             raise NotReplayableError("what trains feeds the frozen blocks")
         return value
@@ -230,7 +230,7 @@ class Replay:
         like = value.shape, value.dtype
         self._idle = frozenset(i for i, output in self._embedded.items() if output == like)
         leaves: dict[int, Tensor] = {}
-        self._leaves, shape = leaves, self._learned["input_ids"].shape
+        self._leaves, shape = leaves, self.learned["input_ids"].shape
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             inputs = self._plain(args, kwargs)

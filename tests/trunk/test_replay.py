@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def test_rows_are_known_in_whatever_batch_they_come() -> None:
         loss = case.loss(part)
         assert cache.computed_rows == known
     torch.testing.assert_close(case.loss(part).detach(), loss)
+
+
+def test_the_batch_that_was_learned_from_is_let_go() -> None:
+    case = make("bert", TOP)
+    cache = case.cache()
+    batches = [case.batch()]
+    learned = weakref.ref(batches[0]["input_ids"])
+    with cache.opened(lambda: case.loss(batches[0]), LENGTHS, 0):
+        assert cache.on
+        batches.clear()
+        assert learned() is None
 
 
 def test_a_run_finds_what_another_kept() -> None:
