@@ -98,6 +98,11 @@ class PTuningV2(PeftMethod[PTuningV2Config]):
             modules_to_save=list(anatomy.head) if anatomy.head_is_new else None,
         )
 
+    def attach(self, model: nn.Module) -> nn.Module:
+        attached = super().attach(model)
+        attached.register_forward_pre_hook(_move_prompt_tokens)
+        return attached
+
     def load_adapter_state(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Put the prefix and the head back, to predict with them.
 
@@ -126,6 +131,11 @@ class PTuningV2(PeftMethod[PTuningV2Config]):
                 "Export it with --format adapter.",
             )
         )
+
+
+def _move_prompt_tokens(model: Any, _: Any) -> None:
+    """PEFT keeps the prefix's indices off the device and would copy them in each step."""
+    model.prompt_tokens[ADAPTER] = model.prompt_tokens[ADAPTER].to(model.device)
 
 
 def _cannot_take_prefix(anatomy: Anatomy) -> str:

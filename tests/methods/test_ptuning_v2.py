@@ -164,6 +164,15 @@ def test_generation_sees_the_prefix(name: str, build: Build, batch: Batch) -> No
     assert torch.equal(generated, by_hand)
 
 
+def test_prompt_tokens_are_where_the_weights_are(build: Build) -> None:
+    """Else they would be copied to the device in each step."""
+    model = with_random_prefix(build("bert")).to("meta")
+    (follow,) = model._forward_pre_hooks.values()
+    follow(model, ())
+    (tokens,) = model.prompt_tokens.values()
+    assert tokens.is_meta
+
+
 @pytest.mark.parametrize("projected", [False, True])
 def test_starts_from_zero(projected: bool, build: Build) -> None:
     method = ptuning(num_virtual_tokens=LENGTH, prefix_projection=projected)
