@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from peftlab.assemble import Assembly, assemble
@@ -182,6 +183,8 @@ class Execution:
             self.fill_flops, self.fill_seconds = counted.flops, cache.fill_seconds
             shared.trunk = cache.open_trunk
             shared.filled = known if cache.note else {*known, *lengths}
+            # What the fill and earlier runs held would count as reserved by the training.
+            clear_device_cache()
             try:
                 yield
             finally:
