@@ -8,8 +8,8 @@ keeps what it frees, as a run of peftlab does. Bytes are those that a forward le
 with transformers' own dropout and attention, with peftlab's, and with selective recomputation as
 well. Steps of the last two alternate; the ratio is the median over rounds of a round's own.
 ``--cpu-time`` counts the process's own time, for a machine with other work. Gradients are compared
-bit by bit. Exit code 1 if a method's gradients differ, if it saves under 25% of the second bytes,
-or takes over 8% more time.
+bit by bit; on CUDA an embedding's differ from step to step in any case. Exit code 1 if a method's
+gradients differ, if it saves under 25% of the second bytes, or takes over 8% more time.
 """
 
 from __future__ import annotations
@@ -110,6 +110,16 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def compare(once: list[Tensor], twice: list[Tensor], recomputed: list[Tensor]) -> tuple[bool, str]:
+    """Whether all gradients are equal that two plain steps agree in, and what to say of it."""
+    stable = [torch.equal(one, other) for one, other in zip(once, twice, strict=True)]
+    equal = [torch.equal(one, other) for one, other in zip(once, recomputed, strict=True)]
+    good = all(same or not fixed for same, fixed in zip(equal, stable, strict=True))
+    if good and not all(stable):
+        return good, f"equal but {stable.count(False)} in which plain steps differ"
+    return good, "equal" if good else "DIFFER"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -142,7 +152,9 @@ def main() -> int:
             build(options.architecture, section, options.dropout, selective, own).to(options.device)
             for selective, own in ((False, False), (False, True), (True, True))
         )
-        equal = all(map(torch.equal, gradients(plain, inputs), gradients(ours, inputs)))
+        equal, said = compare(
+            gradients(plain, inputs), gradients(plain, inputs), gradients(ours, inputs)
+        )
         first, before, after = (left_alive(model, inputs) for model in (theirs, plain, ours))
         del theirs
         pairs = [
@@ -151,7 +163,7 @@ def main() -> int:
         before_s, after_s = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(after / before for before, after in pairs)
         print(
-            f"| {name} | {'equal' if equal else 'DIFFER'} | {first:,} | {before:,} "
+            f"| {name} | {said} | {first:,} | {before:,} "
             f"({before / first - 1:+.0%}) | {after:,} ({after / first - 1:+.0%}; "
             f"{after / before - 1:+.0%}) | {before_s:.3f} | {after_s:.3f} | {ratio:.3f} |",
             flush=True,
