@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftlab.anatomy import Anatomy
@@ -43,6 +45,23 @@ _CHEAP = {
 A batched product is attention's: an element of its scores costs as many multiplications as a head
 is wide, an element of a linear layer as many as the model is.
 """
+_CHEAP_CALLS = {
+    Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.neg, Tensor.pow, Tensor.to, Tensor.float,
+    torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.pow, torch.bmm,
+    functional.gelu, functional.layer_norm,
+}  # fmt: skip
+"""Calls that are one of these operations each, and do not themselves keep what they return."""
+_PRODUCTS = {torch.bmm, _aten.bmm.default}
+"""Made again where the result is as large as the factors together; of short rows it is smaller."""
+_CHANGING_CALLS = {Tensor.add_, Tensor.mul_, Tensor.addmm_, Tensor.baddbmm_}
+_OTHER_CALLS = {
+    functional.linear, torch.addmm, torch.cat, torch.tensor,
+    Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.transpose, Tensor.permute, Tensor.t,
+    Tensor.contiguous, Tensor.expand, Tensor.unsqueeze, Tensor.split, Tensor.__getitem__,
+    Tensor.new_empty, Tensor.size, Tensor.dim,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "requires_grad")),
+}  # fmt: skip
+"""The most frequent calls of which there is nothing to note."""
 _DRAWN = {_aten.bernoulli_.float, _aten.bernoulli_.Tensor, DRAW_KEPT}
 _DIVIDED = {_aten.div_.Scalar, _aten.div_.Tensor}
 _ORIGIN = "_peftlab_origin"
@@ -71,8 +90,20 @@ def _selectively(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward: Any = type(module).forward
     if not (module.training and torch.is_grad_enabled()):
         return forward(module, *args, **kwargs)
-    with torch.autograd.graph.saved_tensors_hooks(_pack, _value), _Record():  # type: ignore[no-untyped-call]
+    device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
+    # A cast by autocast is an operation and no call.
+    recorder = _OPERATIONS if torch.is_autocast_enabled(device) else _Calls(device)
+    with torch.autograd.graph.saved_tensors_hooks(_pack, _value), recorder:
         return forward(module, *args, **kwargs)
+
+
+class _Made(NamedTuple):
+    """A call that made a tensor, and the versions of that and of the tensors it was given."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
 
 
 class _Origin:
@@ -81,13 +112,13 @@ class _Origin:
     __slots__ = ("again", "divisor", "drawn", "kept", "made")
 
     def __init__(self) -> None:
-        self.made: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
+        self.made: _Made | None = None
         self.drawn, self.divisor = False, None
         self.kept = False
         self.again: _Again | None = None
 
 
-class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes on each result of a cheap operation how it was made, and what dropout drew."""
 
     @classmethod
@@ -103,7 +134,7 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _CHEAP:
             learns = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
             if learns and torch.is_grad_enabled():
-                _origin(_first(out)).made = func, args, kwargs
+                _note(_first(out), func, args, kwargs)
         elif _is_mutable(func):
             origin = getattr(_root(args[0]), _ORIGIN, None)
             if func in _DIVIDED and origin is not None and origin.drawn:
@@ -113,6 +144,50 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func in _DRAWN:
                 _origin(args[0]).drawn = True
         return out
+
+
+def _note(out: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _origin(out).made = _Made(func, args, kwargs, _versions(out, *args))
+
+
+def _versions(*values: Any) -> list[int]:
+    return [value._version for value in values if isinstance(value, Tensor)]
+
+
+_OPERATIONS = _Operations()  # type: ignore[no-untyped-call]
+
+
+class _Calls(TorchFunctionMode):
+    """The same as ``_Operations``, at less cost: torch is called less often than it operates."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _OTHER_CALLS and "out" not in kwargs:
+            return func(*args, **kwargs)
+        if func in _CHEAP_CALLS and self._is_one_operation(kwargs):
+            out = func(*args, **kwargs)
+            if out.requires_grad and out is not args[0]:
+                _note(out, func, args, kwargs)
+            return out
+        if func in _CHANGING_CALLS or func is DRAW_KEPT:
+            setattr(_root(args[0]), _ORIGIN, None)
+            if func is DRAW_KEPT:
+                _origin(args[0]).drawn = True
+            return func(*args, **kwargs)
+        if not (torch.is_grad_enabled() or _changes(func)):
+            return func(*args, **kwargs)
+        with _OPERATIONS:
+            return func(*args, **kwargs)
+
+    def _is_one_operation(self, kwargs: dict[str, Any]) -> bool:
+        named = any(isinstance(each, Tensor) for each in kwargs.values())
+        return not named and not torch.is_autocast_enabled(self._device)
 
 
 class _Kept(NamedTuple):
@@ -172,13 +247,14 @@ class _Mask(_Again):
 
 def _pack(tensor: Tensor) -> _Kept | _View | _Again:
     """What autograd keeps in the place of a tensor that backward will read."""
-    root = _root(tensor)
-    again = _again(root)
-    if again is None:
-        origin = _origin(root)
-        origin.kept, origin.made = True, None
-        return _kept(tensor)
-    return _use(again, tensor, root)
+    with torch._C.DisableTorchFunction():
+        root = _root(tensor)
+        again = _again(root)
+        if again is None:
+            origin = _origin(root)
+            origin.kept, origin.made = True, None
+            return _kept(tensor)
+        return _use(again, tensor, root)
 
 
 def _again(root: Tensor) -> _Again | None:
@@ -191,10 +267,12 @@ def _again(root: Tensor) -> _Again | None:
     if origin.drawn:
         origin.again = _Mask(root, origin.divisor)
     elif origin.made is not None:
-        func, args, kwargs = origin.made
+        func, args, kwargs, versions = origin.made
         roots = {id(_root(arg)): _root(arg) for arg in args if isinstance(arg, Tensor)}
         missing = [one for one in roots.values() if not _is_kept(one) and _again(one) is None]
-        if sum(map(_nbytes, missing)) < _nbytes(root):
+        unchanged = versions == _versions(root, *args)
+        worth = func not in _PRODUCTS or sum(map(_nbytes, roots.values())) <= _nbytes(root)
+        if unchanged and worth and sum(map(_nbytes, missing)) < _nbytes(root):
             for one in missing:
                 _origin(one).kept = True
             origin.again = _Again(func, [_source(arg) for arg in args], kwargs)
@@ -260,6 +338,12 @@ def _nbytes(tensor: Tensor) -> int:
 def _first(out: Any) -> Tensor:
     first: Tensor = out if isinstance(out, Tensor) else out[0]
     return first
+
+
+@cache
+def _changes(func: Any) -> bool:
+    """Whether a call may change what it is given: by its name, ``mul_`` or ``mul_.Tensor``."""
+    return str(getattr(func, "__name__", "_")).partition(".")[0].endswith("_")
 
 
 @cache

@@ -186,6 +186,58 @@ def test_changes_in_place_are_seen() -> None:
         selective(x).sum().backward()
 
 
+class Changing(nn.Module):
+    """A block whose sum cannot be made again, because a term of it changes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.layers[0](x), self.layers[1](x)
+        total = one + other
+        if self.how == "a term":
+            other.add_(1.0)
+        elif self.how == "the sum":
+            total.sub_(1.0)
+        else:
+            with torch.no_grad():
+                nn.functional.relu(total, inplace=True)
+        parts = zip(self.layers[2:], (one, other, total), strict=True)
+        return torch.stack([layer(part) for layer, part in parts]).sum(0)
+
+
+@pytest.mark.parametrize("how", ["a term", "the sum", "without autograd"])
+def test_what_changes_before_it_is_read_is_not_made_again(how: str) -> None:
+    from functools import partial
+
+    from peftlab.training.recompute import _selectively
+
+    torch.manual_seed(0)
+    plain, x = Changing(how), torch.randn(3, 8)
+    selective = copy.deepcopy(plain)
+    selective.forward = partial(_selectively, selective)  # type: ignore[method-assign]
+    for module in (plain, selective):
+        module(x).sum().backward()
+    for one, other in zip(plain.parameters(), selective.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("architecture", DROPOUT)
+def test_calls_tell_what_operations_tell(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftlab.training import recompute
+
+    loss, gradients, calls_bytes = step(build(architecture, "full", selective=True))
+    monkeypatch.setattr(recompute, "_Calls", lambda device: recompute._OPERATIONS)
+    same, others, operations_bytes = step(build(architecture, "full", selective=True))
+    assert torch.equal(loss, same)
+    assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+    assert calls_bytes == operations_bytes
+
+
 class Exponential(nn.Module):
     """A block of an operation that keeps its own result."""
 
