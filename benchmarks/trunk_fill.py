@@ -19,23 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from peftlab.assemble import assemble
 from peftlab.experiment.resolve import resolve
 from peftlab.memory.flops import count_flops
 from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks
 from peftlab.models.config import PrecisionConfig
-from peftlab.models.load import load_model, load_tokenizer
+from peftlab.models.load import load_tokenizer
 from peftlab.training.utilisation import matmul_flops_per_second
 from peftlab.trunk.cache import fill_batches
 
 
 def load(rows: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """The backbone in eval mode, and the fill's batches without labels."""
+    """The backbone of head-only, in eval mode, and the batches of its fill, without labels."""
     overrides = [f"data.max_train_rows={rows}"]
     experiment = resolve("movie-sentiment", "head-only", overrides=overrides).experiment
     kind = experiment.build_kind()
     splits, tokenizer = kind.read(), load_tokenizer(experiment.model)
-    traits, keywords = kind.traits, kind.model_kwargs(splits)
-    model = load_model(experiment.model, experiment.precision, traits.auto_class, keywords)
+    model = assemble(experiment, kind, splits, tokenizer).model
     features = kind.encode(splits.train, tokenizer, experiment.train.max_length)
     lengths = {row: len(each["input_ids"]) for row, each in enumerate(features)}
     batches = [
@@ -44,7 +44,7 @@ def load(rows: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     ]
     for batch in batches:
         del batch["labels"]
-    backbone: nn.Module = model.base_model.eval()
+    backbone: nn.Module = model.eval().base_model
     return backbone, batches
 
 
@@ -54,7 +54,8 @@ def parts(
     """Name and code of each part."""
     config = model.config
     width, depth, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    linears = [m for m in model.encoder.modules() if isinstance(m, nn.Linear)]
+    # The last block computes one token of each row, where a head reads no other.
+    linears = [m for m in model.encoder.layer[:-1].modules() if isinstance(m, nn.Linear)]
     widths = {layer.in_features for layer in linears}
     tokens = [batch["input_ids"].numel() for batch in batches]
     inputs = {each: torch.randn(max(tokens), each) for each in widths}
@@ -79,18 +80,18 @@ def parts(
 
     def attention() -> None:
         for query in queries:
-            for _ in range(depth):
+            for _ in range(depth - 1):
                 functional.scaled_dot_product_attention(query, query, query)
 
     def activations() -> None:
         for hidden in wide:
-            for _ in range(depth):
+            for _ in range(depth - 1):
                 functional.gelu(hidden)
 
     def norms() -> None:
         for count in tokens:
             hidden = inputs[width][:count]
-            for _ in range(2 * depth):
+            for _ in range(2 * depth - 2):
                 functional.layer_norm(hidden + hidden, (width,))
 
     yield "forward, operations counted, as a run fills", counted
