@@ -135,7 +135,8 @@ class PTuningV2(PeftMethod[PTuningV2Config]):
 
 def _move_prompt_tokens(model: Any, _: Any) -> None:
     """PEFT keeps the prefix's indices off the device and would copy them in each step."""
-    model.prompt_tokens[ADAPTER] = model.prompt_tokens[ADAPTER].to(model.device)
+    weight = model.prompt_encoder[ADAPTER].embedding.weight
+    model.prompt_tokens[ADAPTER] = model.prompt_tokens[ADAPTER].to(weight.device)
 
 
 def _cannot_take_prefix(anatomy: Anatomy) -> str:

@@ -90,7 +90,8 @@ def _selectively(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward: Any = type(module).forward
     if not (module.training and torch.is_grad_enabled()):
         return forward(module, *args, **kwargs)
-    device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
+    given = (*args, *kwargs.values())
+    device = next((arg.device.type for arg in given if isinstance(arg, Tensor)), "cpu")
     # A cast by autocast is an operation and no call.
     recorder = _OPERATIONS if torch.is_autocast_enabled(device) else _Calls(device)
     with torch.autograd.graph.saved_tensors_hooks(_pack, _value), recorder:
