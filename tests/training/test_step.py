@@ -173,10 +173,11 @@ def test_the_norm_of_all_gradients(dtype: torch.dtype, transposed: bool) -> None
     gradients = [20 * torch.randn(shape, dtype=dtype) for shape in ((300, 700), (5,), (1, 1), ())]
     gradients = [one.mT if transposed and one.dim() > 1 else one for one in gradients]
     elements = torch.cat([one.double().flatten() for one in gradients])
+    # Rounded once: torch's own norm in fp64 is further off than what is tested.
     exact = torch.tensor(math.sqrt(math.fsum((elements * elements).tolist())), dtype=torch.float64)
     norm = _total_norm(gradients)
-    # 210,000 squares are added in a few running sums; how many is the processor's and the order's.
-    rounding = 64 * torch.finfo(dtype).eps
+    # torch adds the squares of rows that are not beside each other in fewer sums.
+    rounding = (64 if transposed else 4) * torch.finfo(dtype).eps
     assert norm.dtype is dtype
     torch.testing.assert_close(norm.double(), exact, rtol=rounding, atol=0.0)
 
