@@ -110,7 +110,9 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def compare(once: list[Tensor], twice: list[Tensor], recomputed: list[Tensor]) -> tuple[bool, str]:
+def compare_gradients(
+    once: list[Tensor], twice: list[Tensor], recomputed: list[Tensor]
+) -> tuple[bool, str]:
     """Whether all gradients are equal that two plain steps agree in, and what to say of it."""
     stable = [torch.equal(one, other) for one, other in zip(once, twice, strict=True)]
     equal = [torch.equal(one, other) for one, other in zip(once, recomputed, strict=True)]
@@ -152,7 +154,7 @@ def main() -> int:
             build(options.architecture, section, options.dropout, selective, own).to(options.device)
             for selective, own in ((False, False), (False, True), (True, True))
         )
-        equal, said = compare(
+        equal, said = compare_gradients(
             gradients(plain, inputs), gradients(plain, inputs), gradients(ours, inputs)
         )
         first, before, after = (left_alive(model, inputs) for model in (theirs, plain, ours))

@@ -1,10 +1,10 @@
 """Memory for time: what backward needs is computed again instead of kept.
 
 ``selective`` keeps what linear layers and fused attention made, and computes again what follows
-from it at little cost: activations, norms, casts, gates, the probabilities of attention that is not
-fused. Dropout masks are kept as bits. Nothing is kept that was not before, or a smaller tensor in
-its place; nothing is drawn again, and the values are those of the first time, so losses and
-gradients are bitwise those of a run without it.
+from it at little cost: activations, norms, casts, gates, and in long rows the probabilities of
+attention that is not fused. Dropout masks are kept as bits. Nothing is kept that was not before,
+or a smaller tensor in its place; nothing is drawn again, and the values are those of the first
+time, so losses and gradients are bitwise those of a run without it.
 
 torch's selective checkpointing repeats whole blocks with the results of some operations in a cache.
 It draws dropout masks again, a fifth of a step on a CPU; keeps each product whether or not backward
@@ -53,7 +53,8 @@ _CHEAP_CALLS = {
 """Calls that are one of these operations each, and do not themselves keep what they return."""
 _PRODUCTS = {torch.bmm, _aten.bmm.default}
 """Made again where the result is as large as the factors together; of short rows it is smaller."""
-_CHANGING_CALLS = {Tensor.add_, Tensor.mul_, Tensor.addmm_, Tensor.baddbmm_}
+_CHANGING_CALLS = {Tensor.add_, Tensor.mul_, Tensor.addmm_, Tensor.baddbmm_, DRAW_KEPT}
+"""The most frequent calls that change what they are given: what was known of it holds no more."""
 _OTHER_CALLS = {
     functional.linear, torch.addmm, torch.cat, torch.tensor,
     Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.transpose, Tensor.permute, Tensor.t,
@@ -176,11 +177,12 @@ class _Calls(TorchFunctionMode):
             if out.requires_grad and out is not args[0]:
                 _note(out, func, args, kwargs)
             return out
-        if func in _CHANGING_CALLS or func is DRAW_KEPT:
+        if func in _CHANGING_CALLS:
             setattr(_root(args[0]), _ORIGIN, None)
-            if func is DRAW_KEPT:
+            if func in _DRAWN:
                 _origin(args[0]).drawn = True
             return func(*args, **kwargs)
+        # Without autograd nothing is made that backward will read.
         if not (torch.is_grad_enabled() or _changes(func)):
             return func(*args, **kwargs)
         with _OPERATIONS:
