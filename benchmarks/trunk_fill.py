@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from peftlab.assemble import assemble
 from peftlab.experiment.resolve import resolve
-from peftlab.memory.flops import count_flops
+from peftlab.memory.flops import FlopsByLength, count_flops
 from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks
 from peftlab.models.config import PrecisionConfig
 from peftlab.models.load import load_tokenizer
@@ -70,8 +70,9 @@ def parts(
             model(**batch)
 
     def counted() -> None:
-        with count_flops():
-            forward()
+        few = FlopsByLength()
+        for batch in batches:
+            few.of(lambda inputs: model(**inputs).pooler_output, batch)
 
     def products() -> None:
         for count in tokens:
@@ -94,7 +95,7 @@ def parts(
             for _ in range(2 * depth - 2):
                 functional.layer_norm(hidden + hidden, (width,))
 
-    yield "forward, operations counted, as a run fills", counted
+    yield "forward, operations counted as in a run", counted
     yield "forward", forward
     yield "linear layers alone", products
     yield "attention alone", attention

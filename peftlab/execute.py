@@ -24,7 +24,7 @@ from peftlab.assemble import Assembly, assemble
 from peftlab.errors import DivergedError, IncompatibleError, Problem, RunError
 from peftlab.experiment.schema import Experiment
 from peftlab.files import replace_folder, write_json, write_text
-from peftlab.memory.flops import count_flops
+from peftlab.memory.flops import FlopsByLength
 from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks, return_freed_memory
 from peftlab.memory.meter import available_bytes, process_peak_bytes
 from peftlab.planning.experiment import plan_experiment
@@ -178,8 +178,9 @@ class Execution:
             known = shared.filled if cache.continued else set()
             unknown = {row: length for row, length in lengths.items() if row not in known}
             share = fill_batches(unknown, device, accelerator.process_index, parts)
-            with accelerator.autocast(), count_flops() as counted:
-                cache.fill(map(batch, share), accelerator.wait_for_everyone)
+            counted = FlopsByLength()
+            with accelerator.autocast():
+                cache.fill(map(batch, share), accelerator.wait_for_everyone, counted.of)
             self.fill_flops, self.fill_seconds = counted.flops, cache.fill_seconds
             shared.trunk = cache.open_trunk
             shared.filled = known if cache.note else {*known, *lengths}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import prod
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
     flop_registry,
@@ -96,3 +98,44 @@ class count_flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (formula := flop_formula(func)) is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
         return out
+
+
+_SHORTER = 0.75
+"""Rows are counted again once they are this much shorter: a token's part in attention is then less
+by as much."""
+
+
+class FlopsByLength:
+    """Operations of computing many rows, the longest first, counted in few of the batches.
+
+    Counting has its price at every operation. What a transformer does for a token is the same
+    products in every row and attention to so many others, so between two lengths that were counted
+    the others follow, by a straight line. Rows a little shorter than the shortest counted are taken
+    to be like it.
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[int, float] = {}
+        self._tokens: dict[int, int] = {}
+
+    def of(
+        self, compute: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """What ``compute`` makes of inputs whose ``input_ids`` are (rows, tokens)."""
+        rows, length = inputs["input_ids"].shape
+        self._tokens[length] = self._tokens.get(length, 0) + rows * length
+        if self._counted and length > _SHORTER * min(self._counted):
+            return compute(inputs)
+        with count_flops() as counter:
+            values = compute(inputs)
+        self._counted[length] = counter.flops / (rows * length)
+        return values
+
+    @property
+    def flops(self) -> int:
+        """Of all that was computed."""
+        if not self._counted:
+            return 0
+        lengths = sorted(self._counted)
+        by_token = np.interp(list(self._tokens), lengths, [self._counted[each] for each in lengths])
+        return round(float(by_token @ list(self._tokens.values())))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,21 +155,28 @@ class TrunkCache:
             "note": "; ".join([*filter(None, [self.note]), *(store.notes if store else ())]),
         }
 
-    def fill(self, batches: Iterable[Inputs], wait: Callable[[], None] = lambda: None) -> None:
+    def fill(
+        self,
+        batches: Iterable[Inputs],
+        wait: Callable[[], None] = lambda: None,
+        through: Callable[[Compute, Inputs], Tensor] = lambda compute, inputs: compute(inputs),
+    ) -> None:
         """Compute and keep the rows of these batches that are not known.
 
         Args:
             batches: this process's share of the training rows, collated.
             wait: for the other processes, whose rows are taken up afterwards.
+            through: what the model computes is computed through it.
         """
         if self._store is None or self._replay is None:
             return
         started = time.perf_counter()
+        compute = partial(through, self._replay.compute)
         with _eval_mode(self._replay.boundary.base):
             for batch in batches:
                 inputs = {name: batch[name] for name in READ if name in batch}
                 if (rows := row_keys(inputs)) is not None:
-                    self._learn_rows(inputs, rows, self._replay.compute)
+                    self._learn_rows(inputs, rows, compute)
         self.flush()
         wait()
         if self._store is not None:
@@ -248,17 +256,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def fill_batches(
     lengths: Mapping[int, int], device: str, part: int = 0, parts: int = 1
 ) -> list[list[int]]:
-    """A process's rows in batches of similar length.
+    """A process's rows in batches of similar length, the longest first.
 
     Args:
         lengths: the tokens of each row.
         device: its type.
     """
     most = FILL_TOKENS.get(device, _FILL_TOKENS_ELSEWHERE)
-    order = sorted(lengths, key=lambda row: (lengths[row], row))[part::parts]
+    order = sorted(lengths, key=lambda row: (-lengths[row], row))[part::parts]
     batches: list[list[int]] = []
     for row in order:
-        if not batches or (len(batches[-1]) + 1) * lengths[row] > most:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > most:
             batches.append([])
         batches[-1].append(row)
     return batches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import accumulate
 from operator import itemgetter
@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftlab.memory.flops import count_flops
+from peftlab.memory.flops import FlopsByLength, count_flops
 from peftlab.memory.meter import (
     NullMeter,
     StepMeasurement,
@@ -167,6 +168,30 @@ def test_attention_kernel_counts_like_its_products() -> None:
     with count_flops() as products:
         (query @ query.mT) @ query
     assert kernel.flops == products.flops == 2 * (2 * 2 * 4 * 8 * 8 * 16)
+
+
+@torch.no_grad()
+def test_few_batches_tell_the_operations_of_all() -> None:
+    model, few, expected = tiny_model(), FlopsByLength(), 0
+    counted: list[int] = []
+
+    def compute(inputs: Mapping[str, Tensor]) -> Tensor:
+        counted.append(len(_get_current_dispatch_mode_stack()))  # type: ignore[no-untyped-call]
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    assert few.flops == 0
+    for rows, length in [(2, 40), (3, 38), (1, 31), (4, 30), (2, 23), (5, 22), (2, 20)]:
+        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+        few.of(compute, inputs)
+        with count_flops() as each:
+            model(**inputs)
+        expected += each.flops
+        # Exact between lengths that were counted; the last row is shorter than any.
+        if length == 22:
+            assert few.flops == expected
+    assert counted == [1, 0, 0, 1, 0, 1, 0]
+    assert expected < few.flops < 1.001 * expected
 
 
 def test_accumulation_holds_gradients_of_earlier_micro_batches() -> None:
