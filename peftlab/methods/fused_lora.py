@@ -63,12 +63,14 @@ class FusedLinear(Linear):  # type: ignore[misc]
             return out
         base, dropout = self.base_layer, self.lora_dropout[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        scaling, drops = self.scaling[name], isinstance(dropout, nn.Dropout) and dropout.training
-        if drops:
+        autocast, scaling, keep = _autocast_dtype(x), self.scaling[name], None
+        if isinstance(dropout, nn.Dropout) and dropout.training:
             scaling /= 1 - dropout.p
-        settings = _Settings(scaling, dropout if drops else None, _autocast_dtype(x))
-        matrix = base.weight if isinstance(base, Conv1D) else base.weight.t()
-        fused: Tensor = _LoraLinear.apply(x, matrix, base.bias, a, b, settings)  # type: ignore[no-untyped-call]
+            keep = _draw_kept(dropout, x, autocast or a.dtype)
+        with _unwatched():
+            matrix = base.weight if isinstance(base, Conv1D) else base.weight.t()
+            settings = _Settings(scaling, autocast)
+            fused: Tensor = _LoraLinear.apply(x, matrix, base.bias, a, b, keep, settings)  # type: ignore[no-untyped-call]
         return fused
 
 
@@ -79,7 +81,6 @@ class _Settings(NamedTuple):
     """``scaling`` of the update, and of what dropout keeps."""
 
     scaling: float
-    dropout: nn.Dropout | None
     autocast: torch.dtype | None
 
 
@@ -119,6 +120,12 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def _unwatched() -> AbstractContextManager[Any]:
+    """No mode sees torch's calls in here: there is nothing to note, and seeing takes time."""
+    # The compiler traces through; it does not know the other.
+    return nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
+
+
 def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
@@ -145,15 +152,15 @@ class _LoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
+        keep: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        scaling, dropout, autocast = settings
-        _, _, _, learns_a, learns_b, _ = ctx.needs_input_grad
+        scaling, autocast = settings
+        _, _, _, learns_a, learns_b, _, _ = ctx.needs_input_grad
         with _without_autocast(x):
             rows, wide = _as(x.reshape(-1, x.shape[-1]), autocast), _as(matrix, autocast)
             y = rows @ wide if bias is None else torch.addmm(_as(bias, autocast), rows, wide)
             down, up = _as(a, autocast), _as(b, autocast)
-            keep = None if dropout is None else _draw_kept(dropout, x, down.dtype)
             low = _kept_of(rows.to(down.dtype), keep) @ down.t()
             _add_product(y, low, up.t(), scaling)
         ctx.settings, ctx.shape, ctx.x_dtype = settings, x.shape, x.dtype
@@ -169,8 +176,8 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, matrix, a, b, keep, low = ctx.saved_tensors
-        learns_x, _, learns_bias, learns_a, learns_b, _ = ctx.needs_input_grad
-        scaling, _, autocast = ctx.settings
+        learns_x, _, learns_bias, learns_a, learns_b, _, _ = ctx.needs_input_grad
+        scaling, autocast = ctx.settings
         grad_x = grad_bias = grad_a = grad_b = None
         with _without_autocast(grad):
             grad = grad.reshape(-1, grad.shape[-1])
@@ -198,7 +205,7 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x = grad_x.view(ctx.shape)
             if learns_bias:
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        return grad_x, None, grad_bias, grad_a, grad_b, None
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -22,7 +22,7 @@ _ops: Any = torch.ops.peftlab
 def pack_bits(mask: Tensor) -> Tensor:
     """A mask of any shape, booleans or bytes of zero and one, as (⌈elements / 8⌉,) bytes."""
     if _on_cpu(mask):
-        packed: Tensor = _ops.pack_bits(mask)
+        packed: Tensor = (_ops.pack_bits if _is_watched(mask) else _pack)(mask)
         return packed
     flat = mask.flatten().view(torch.uint8)
     if spare := -flat.numel() % 8:
@@ -34,7 +34,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
     """What ``pack_bits`` was given on the same device, contiguous, as booleans of that shape."""
     if _on_cpu(bits):
-        mask: Tensor = _ops.unpack_bits(bits, shape)
+        mask: Tensor = (_ops.unpack_bits if _is_watched(bits) else _unpack)(bits, shape)
         return mask.view(torch.bool)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flat = ((bits >> places[:, None]) & 1).view(torch.bool).flatten()
@@ -46,6 +46,11 @@ def cuda_bits() -> Iterator[None]:
     """Inside, tensors on the CPU stand for some on CUDA, where other operations pack."""
     with mock.patch(f"{__name__}._on_cpu", _on_none):
         yield
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether anything follows operations. To be one takes as long as packing a small mask."""
+    return type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _on_cpu(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftlab.methods.fused_lora import (
     FusedLinear,
+    _draw_kept,
     _LoraLinear,
     _Settings,
     cuda_layers,
@@ -97,8 +98,8 @@ def test_gradients_against_differences(dropout: float, with_bias: bool, frozen_i
 
     def layer(x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         torch.manual_seed(1)
-        dropping = nn.Dropout(dropout) if dropout else None
-        out: Tensor = _LoraLinear.apply(x, matrix, bias, a, b, _Settings(0.7, dropping, None))
+        keep = _draw_kept(nn.Dropout(dropout), x, x.dtype) if dropout else None
+        out: Tensor = _LoraLinear.apply(x, matrix, bias, a, b, keep, _Settings(0.7, None))
         return out
 
     assert torch.autograd.gradcheck(layer, (x, bias, leaf(2, 5), leaf(4, 2)))
@@ -112,7 +113,7 @@ def test_what_a_device_keeps(device: Callable[[], Any], learning: str) -> None:
     a, b = (torch.randn(2, 5), torch.randn(4, 2))
     a.requires_grad, b.requires_grad = "a" in learning, "b" in learning
     with device():
-        y = _LoraLinear.apply(x, matrix, None, a, b, _Settings(0.7, None, None))
+        y = _LoraLinear.apply(x, matrix, None, a, b, None, _Settings(0.7, None))
     by_cuda = device is cuda_layers
     kept = {id(each) for each in y.grad_fn.saved_tensors if each is not None}
     assert (id(x) in kept) == (by_cuda or "a" in learning)
@@ -220,8 +221,8 @@ def test_autocast_as_in_peft(section: dict[str, Any], build: Build, batch: Batch
 def test_dropout_drops_as_often_as_it_says_and_the_same_in_backward() -> None:
     x = torch.ones(999, 7, requires_grad=True)  # no multiple of eight
     a, b = torch.ones(1, 7, requires_grad=True), torch.ones(1, 1, requires_grad=True)
-    settings = _Settings(4 / 3, nn.Dropout(0.25), None)
-    y = _LoraLinear.apply(x, torch.zeros(7, 1), None, a, b, settings)
+    keep = _draw_kept(nn.Dropout(0.25), x, x.dtype)
+    y = _LoraLinear.apply(x, torch.zeros(7, 1), None, a, b, keep, _Settings(4 / 3, None))
     y.sum().backward()
     assert x.grad is not None
     assert a.grad is not None
