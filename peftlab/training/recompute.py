@@ -149,7 +149,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _note(out: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _origin(out).made = _Made(func, args, kwargs, _versions(out, *args))
+    _origin(out).made = _Made(func, args, kwargs, _versions(out, *args, *kwargs.values()))
 
 
 def _versions(*values: Any) -> list[int]:
@@ -172,7 +172,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _OTHER_CALLS and "out" not in kwargs:
             return func(*args, **kwargs)
-        if func in _CHEAP_CALLS and self._is_one_operation(kwargs):
+        if func in _CHEAP_CALLS and not torch.is_autocast_enabled(self._device):
             out = func(*args, **kwargs)
             if out.requires_grad and out is not args[0]:
                 _note(out, func, args, kwargs)
@@ -187,10 +187,6 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         with _OPERATIONS:
             return func(*args, **kwargs)
-
-    def _is_one_operation(self, kwargs: dict[str, Any]) -> bool:
-        named = any(isinstance(each, Tensor) for each in kwargs.values())
-        return not named and not torch.is_autocast_enabled(self._device)
 
 
 class _Kept(NamedTuple):
@@ -221,11 +217,12 @@ class _Again:
 
     def _make(self) -> Tensor:
         args = [_value(arg) for arg in self._args]
+        kwargs = {name: _value(arg) for name, arg in self._kwargs.items()}
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         # What autocast cast is among the operations; backward may run inside of it.
         casts = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if casts else nullcontext():
-            return _first(self._func(*args, **self._kwargs))
+            return _first(self._func(*args, **kwargs))
 
 
 class _Mask(_Again):
@@ -271,14 +268,16 @@ def _again(root: Tensor) -> _Again | None:
         origin.again = _Mask(root, origin.divisor)
     elif origin.made is not None:
         func, args, kwargs, versions = origin.made
-        roots = {id(_root(arg)): _root(arg) for arg in args if isinstance(arg, Tensor)}
+        given = (*args, *kwargs.values())
+        roots = {id(_root(arg)): _root(arg) for arg in given if isinstance(arg, Tensor)}
         missing = [one for one in roots.values() if not _is_kept(one) and _again(one) is None]
-        unchanged = versions == _versions(root, *args)
+        unchanged = versions == _versions(root, *given)
         worth = func not in _PRODUCTS or sum(map(_nbytes, roots.values())) <= _nbytes(root)
         if unchanged and worth and sum(map(_nbytes, missing)) < _nbytes(root):
             for one in missing:
                 _origin(one).kept = True
-            origin.again = _Again(func, [_source(arg) for arg in args], kwargs)
+            named = {name: _source(arg) for name, arg in kwargs.items()}
+            origin.again = _Again(func, [_source(arg) for arg in args], named)
             origin.made = None
     return origin.again
 
