@@ -23,12 +23,13 @@ _WORDS = 2**13
 # An operation, so that it is seen by what watches operations and does nothing to fake tensors.
 _library = torch.library.Library("peftlab", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "draw_kept_(Tensor(a!) kept, int dropped, Tensor? allowed=None) -> ()",
+    "draw_kept_(Tensor(a!) kept, int dropped, Tensor? allowed=None, Tensor(b!)? bits=None) -> ()",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
 DRAW_KEPT: Any = torch.ops.peftlab.draw_kept_.default
-"""Fills a mask with ones and zeros; for those who look for it among operations."""
+"""Fills a mask with ones and zeros; for those who look for it among operations. Who needs it later
+gives ``bits`` too, filled as ``pack_bits`` packs while the mask is still in a core's cache."""
 
 
 def draw_dropout_fast(model: nn.Module) -> None:
@@ -81,22 +82,31 @@ def draw_kept(
     return kept
 
 
-def _draw_kept(kept: Tensor, dropped: int, allowed: Tensor | None = None) -> None:
+def _draw_kept(
+    kept: Tensor, dropped: int, allowed: Tensor | None = None, bits: Tensor | None = None
+) -> None:
     seed = int(torch.empty((), dtype=torch.int64).random_())
     generator = np.random.SFC64(seed)
     # A view: the tensor was just made, contiguous.
     shaped = kept.numpy().view(np.bool_)
     flat = shaped.reshape(-1)
+    packed = None if bits is None else bits.numpy()
     step = _WORDS * 4
     for start in range(0, flat.size, step):
         part = flat[start : start + step]
         levels = generator.random_raw(-(-part.size // 4)).view(np.uint16)
         np.greater_equal(levels[: part.size], dropped, out=part)
+        if packed is not None:
+            packed[start // 8 : (start + step) // 8] = np.packbits(part)
     if allowed is not None:
         np.logical_and(shaped, allowed.numpy(), out=shaped)
+        if packed is not None:
+            packed[:] = np.packbits(flat)
 
 
-def _draw_nothing(kept: Tensor, dropped: int, allowed: Tensor | None = None) -> None:
+def _draw_nothing(
+    kept: Tensor, dropped: int, allowed: Tensor | None = None, bits: Tensor | None = None
+) -> None:
     pass
 
 

@@ -111,11 +111,12 @@ class _Made(NamedTuple):
 class _Origin:
     """What is known of a tensor: a field of the tensor itself, so that it lives as long."""
 
-    __slots__ = ("again", "divisor", "drawn", "kept", "made")
+    __slots__ = ("again", "bits", "divisor", "drawn", "kept", "made")
 
     def __init__(self) -> None:
         self.made: _Made | None = None
         self.drawn, self.divisor = False, None
+        self.bits: Tensor | None = None
         self.kept = False
         self.again: _Again | None = None
 
@@ -178,9 +179,13 @@ class _Calls(TorchFunctionMode):
                 _note(out, func, args, kwargs)
             return out
         if func in _CHANGING_CALLS:
-            setattr(_root(args[0]), _ORIGIN, None)
-            if func in _DRAWN:
-                _origin(args[0]).drawn = True
+            changed = _root(args[0])
+            setattr(changed, _ORIGIN, None)
+            if func is DRAW_KEPT:
+                origin = _origin(changed)
+                origin.drawn = True
+                origin.bits = changed.new_empty(-(-changed.numel() // 8))
+                kwargs = {**kwargs, "bits": origin.bits}
             return func(*args, **kwargs)
         # Without autograd nothing is made that backward will read.
         if not (torch.is_grad_enabled() or _changes(func)):
@@ -228,9 +233,11 @@ class _Again:
 class _Mask(_Again):
     """Zeros and one other number, as bits: a boolean tensor, or what the CPU's dropout drew."""
 
-    def __init__(self, mask: Tensor, divisor: Any) -> None:
+    def __init__(self, mask: Tensor, divisor: Any, bits: Tensor | None) -> None:
         super().__init__(None, [], {})
-        self._bits = pack_bits(mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0)
+        if bits is None:
+            bits = pack_bits(mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0)
+        self._bits = bits
         self._shape, self._stride, self._dtype = mask.shape, mask.stride(), mask.dtype
         self._divisor = divisor
 
@@ -265,7 +272,7 @@ def _again(root: Tensor) -> _Again | None:
     if origin is None or origin.kept or origin.again is not None:
         return None if origin is None else origin.again
     if origin.drawn:
-        origin.again = _Mask(root, origin.divisor)
+        origin.again = _Mask(root, origin.divisor, origin.bits)
     elif origin.made is not None:
         func, args, kwargs, versions = origin.made
         given = (*args, *kwargs.values())

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftlab.models.bits import pack_bits
 from peftlab.models.dropout import (
     DRAW_KEPT,
     Dropout,
@@ -129,6 +130,15 @@ def test_only_where_allowed() -> None:
     kept = draw_kept(torch.empty(0), (2, 500, 3), 0.1, allowed)
     assert not kept[..., 1].any()
     assert 0.85 < float(kept[..., ::2].float().mean()) < 0.95
+
+
+@pytest.mark.parametrize("allowed", [None, torch.tensor(False), torch.arange(7) % 3 > 0])
+@pytest.mark.parametrize("rows", [0, 1, 8, 2**14])
+def test_as_bits_too(rows: int, allowed: Tensor | None) -> None:
+    mask, bits = (torch.full((n,), 7, dtype=torch.uint8) for n in (7 * rows, -(-7 * rows // 8)))
+    DRAW_KEPT(mask.view(rows, 7), 2**14, allowed, bits)
+    assert torch.equal(bits, pack_bits(mask))
+    assert set(mask.unique().tolist()) <= {0, 1}
 
 
 def test_fake_tensors_and_what_watches_operations() -> None:
