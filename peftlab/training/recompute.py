@@ -171,9 +171,10 @@ class _Calls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _OTHER_CALLS and "out" not in kwargs:
+        plain = "out" not in kwargs
+        if plain and func in _OTHER_CALLS:
             return func(*args, **kwargs)
-        if func in _CHEAP_CALLS and not torch.is_autocast_enabled(self._device):
+        if plain and func in _CHEAP_CALLS and not torch.is_autocast_enabled(self._device):
             out = func(*args, **kwargs)
             if out.requires_grad and out is not args[0]:
                 _note(out, func, args, kwargs)

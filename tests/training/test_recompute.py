@@ -196,8 +196,8 @@ class Changing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         one, other = self.layers[0](x), self.layers[1](x)
-        total = one + other
-        if self.how == "a term":
+        total = torch.add(one, other=other) if self.how == "a named term" else one + other
+        if self.how in ("a term", "a named term"):
             other.add_(1.0)
         elif self.how == "the sum":
             total.sub_(1.0)
@@ -208,7 +208,7 @@ class Changing(nn.Module):
         return torch.stack([layer(part) for layer, part in parts]).sum(0)
 
 
-@pytest.mark.parametrize("how", ["a term", "the sum", "without autograd"])
+@pytest.mark.parametrize("how", ["a term", "a named term", "the sum", "without autograd"])
 def test_what_changes_before_it_is_read_is_not_made_again(how: str) -> None:
     from functools import partial
 
