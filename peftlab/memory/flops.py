@@ -101,8 +101,8 @@ class count_flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _SHORTER = 0.75
-"""Rows are counted again once they are this much shorter: a token's part in attention is then less
-by as much."""
+"""Rows are counted again at this share of the shortest length that was: a token's part in
+attention is then less by a quarter."""
 
 
 class FlopsByLength:

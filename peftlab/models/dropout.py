@@ -96,7 +96,7 @@ def _draw_kept(
         part = flat[start : start + step]
         levels = generator.random_raw(-(-part.size // 4)).view(np.uint16)
         np.greater_equal(levels[: part.size], dropped, out=part)
-        if packed is not None:
+        if packed is not None and allowed is None:
             packed[start // 8 : (start + step) // 8] = np.packbits(part)
     if allowed is not None:
         np.logical_and(shaped, allowed.numpy(), out=shaped)
