@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from peftlab.assemble import Assembly, assemble
-from peftlab.errors import DivergedError, IncompatibleError, Problem, RunError
+from peftlab.errors import DivergedError, IncompatibleError, RunError
 from peftlab.experiment.schema import Experiment
 from peftlab.files import replace_folder, write_json, write_text
 from peftlab.memory.flops import FlopsByLength
@@ -39,6 +39,7 @@ from peftlab.training.environment import describe_environment
 from peftlab.training.evaluate import predict_rows
 from peftlab.training.events import Listener, ProgressBar, StepFile, Tracking
 from peftlab.training.job import Job
+from peftlab.training.launch import refuse_early_updates, refuse_sharding
 from peftlab.training.loop import Loop
 from peftlab.training.utilisation import matmul_flops_per_second, model_flops_utilisation
 from peftlab.trunk.cache import TrunkCache, fill_batches
@@ -84,8 +85,8 @@ class Execution:
         )
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        _refuse_sharding(accelerator)
-        _refuse_early_updates(accelerator, self.experiment)
+        refuse_sharding(accelerator)
+        refuse_early_updates(accelerator, self.experiment.optim)
         if accelerator.is_main_process:
             (self.folder / RECORD).unlink(missing_ok=True)
             if not resume:
@@ -353,39 +354,6 @@ def job_of(
         seed=experiment.seed,
         checkpoints=checkpoints,
     )
-
-
-def _refuse_sharding(accelerator: Accelerator) -> None:
-    """Checkpoints, guard and adapters read whole parameters, which shards do not hold.
-
-    Raises:
-        IncompatibleError: the launcher asked for FSDP, DeepSpeed or another way of sharding.
-    """
-    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in whole:
-        raise IncompatibleError(
-            Problem(
-                "accelerate",
-                f"{accelerator.distributed_type.value} shards parameters, which is not supported.",
-                "Launch data-parallel training: accelerate launch --multi_gpu.",
-            )
-        )
-
-
-def _refuse_early_updates(accelerator: Accelerator, experiment: Experiment) -> None:
-    """Processes average their gradients after the hooks that would update.
-
-    Raises:
-        IncompatibleError: several processes with ``optimizer_in_backward``.
-    """
-    if experiment.optim.optimizer_in_backward and accelerator.num_processes > 1:
-        raise IncompatibleError(
-            Problem(
-                "optim.optimizer_in_backward",
-                f"does not work with {accelerator.num_processes} processes, which share gradients.",
-                "Launch one process, or leave it off.",
-            )
-        )
 
 
 def _status_of(error: BaseException) -> Status:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from peftlab import execute
 from peftlab.assemble import Assembly
-from peftlab.errors import IncompatibleError, RunError
+from peftlab.errors import RunError
 from peftlab.predicting import predict
 from peftlab.results.record import Record
 from peftlab.results.store import read_predictions, read_record, read_steps
@@ -369,11 +367,3 @@ def test_lora_with_8bit_saves_next_to_nothing(sft_task: Path, tmp_path: Path) ->
     # Every tensor of the adapter is below 4,096 elements: both states stay in fp32.
     assert quantized == 8 * params.trainable == 8 * params.adapter
     assert 0.97 < quantized / plain < 1.0
-
-
-def test_sharded_parameters_are_refused() -> None:
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    with pytest.raises(IncompatibleError, match="FSDP shards parameters"):
-        execute._refuse_sharding(accelerator)  # type: ignore[arg-type]
-    whole = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
-    execute._refuse_sharding(whole)  # type: ignore[arg-type]

@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from peftlab.assemble import Assembly
 from peftlab.errors import IncompatibleError
-from peftlab.execute import _refuse_early_updates
-from peftlab.experiment.resolve import resolve
 from peftlab.training import compilation
 from peftlab.training.compilation import compile_blocks
 from tests.training.conftest import Losses
@@ -50,18 +46,6 @@ def test_updates_in_backward(optim: str, assembled: Assembled, loop_of: Loops) -
     assert rest.losses == heard.losses[5:]
     for name, tensor in resumed.job.method.training_state(resumed.model).items():
         assert torch.equal(tensor, weights[name]), name
-
-
-def test_updates_in_backward_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    overrides = [*EARLY]
-    experiment = resolve("movie-sentiment", "full", overrides=overrides).experiment
-    with pytest.raises(IncompatibleError, match="2 processes"):
-        _refuse_early_updates(accelerator, experiment)
-    _refuse_early_updates(accelerator, resolve("movie-sentiment", "full").experiment)
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
 
 
 @imports_the_compiler
