@@ -63,7 +63,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
             for name in names:
                 # Some writers make files that only their owner may read.
                 Path(folder, name).chmod(0o666 & ~_umask())
-                _sync_file(Path(folder, name))
+                sync_file(Path(folder, name))
             sync_folder(Path(folder))
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
@@ -77,6 +77,15 @@ def replace_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def sync_file(path: Path) -> None:
+    """Make what is in the file survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -99,14 +108,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

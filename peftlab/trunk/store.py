@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftlab.assets import cache_dir
-from peftlab.files import TEMPORARY_PREFIX, sync_folder, write_json
+from peftlab.files import TEMPORARY_PREFIX, sync_file, sync_folder, write_json
 from peftlab.registry import unknown
 from peftlab.units import GIB, MIB, parse_bytes
 
@@ -175,7 +175,8 @@ def write_segment(folder: Path, rows: Mapping[bytes, Array]) -> Path:
     Raises:
         OSError: nothing is left behind.
     """
-    from safetensors.numpy import save
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
     content: dict[str, Array] = {
         "digests": np.frombuffer(b"".join(rows), np.uint8).reshape(-1, DIGEST_BYTES),
@@ -184,19 +185,18 @@ def write_segment(folder: Path, rows: Mapping[bytes, Array]) -> Path:
     }
     metadata = {"checksum": _checksum(content)}
     prefix = f"{TEMPORARY_PREFIX}{socket.gethostname()}.{os.getpid()}."
-    descriptor, name = tempfile.mkstemp(prefix=prefix, dir=folder)
-    temporary = Path(name)
-    # Random, as mkstemp made it: no two processes write under one name.
-    path = folder / f"{temporary.name.rpartition('.')[2]}.safetensors"
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(save(content, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    # A folder, since safetensors writes to a random name in it first, which a kill leaves behind.
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as temporary:
+        # Random, as the folder's name is: no two processes write under one name.
+        path = folder / f"{temporary.rpartition('.')[2]}.safetensors"
+        written = Path(temporary, path.name)
+        try:
+            # From the arrays as they are: as bytes they would be in memory twice more.
+            save_file(content, written, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        sync_file(written)
+        written.rename(path)
     sync_folder(folder)
     return path
 
@@ -270,7 +270,7 @@ def _remove_stale(folder: Path) -> None:
             continue
         dead = host == socket.gethostname() and rest.isdigit() and not psutil.pid_exists(int(rest))
         if dead or old:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def trunk_cache_dir() -> Path:

@@ -28,7 +28,7 @@ from peftlab.trunk.store import Store
 folder, first, last, dies = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if dies == "dies":
     # Killed with half of the file written.
-    store.os.fsync = lambda descriptor: store.os._exit(9)
+    store.sync_file = lambda path: store.os._exit(9)
 opened = Store(folder, {"model": "m", "boundary": "b"})
 for number in range(first, last):
     opened.add(number.to_bytes(16, "little"), np.full((3, 4), number, np.float32))
@@ -140,7 +140,8 @@ def test_who_still_writes_is_left_alone(trunk_folder: Path) -> None:
     others = folder / ".tmp-elsewhere.1.abc"
     old = folder / ".tmp-elsewhere.2.abc"
     for path in (mine, others, old):
-        path.write_bytes(b"x")
+        path.mkdir()
+        (path / "part.safetensors").write_bytes(b"x")
     os.utime(old, (0, 0))
     Store(folder, ABOUT)
     assert (mine.exists(), others.exists(), old.exists()) == (True, True, False)
@@ -188,6 +189,22 @@ def test_a_full_disk(trunk_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         opened.flush()
     assert digest(9) not in opened
     assert digest(1) in opened
+    assert not list((trunk_folder / "k").glob(".tmp-*"))
+
+
+def test_a_disk_that_is_full_while_safetensors_writes(trunk_folder: Path) -> None:
+    resource = pytest.importorskip("resource")
+    opened = filled(trunk_folder / "k")
+    opened.add(digest(9), np.ones((1000, 4), np.float32))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            opened.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert digest(9) not in opened
+    assert len(Store(trunk_folder / "k", ABOUT)) == 5
     assert not list((trunk_folder / "k").glob(".tmp-*"))
 
 
