@@ -296,6 +296,11 @@ class Execution:
             f"counted in step {measured.step}, scaled to the run by padded tokens"
             + ", and the frozen trunk's once" * bool(self.fill_flops)
         )
+        device = loop.accelerator.device
+        if self.shared.runs == 0 and device.type == "cpu":
+            # Beside a model that fills a GPU there may be no room for it.
+            peak = matmul_flops_per_second(device, self.experiment.precision, again=True)
+            self.speed["matmul_flops_per_second"] = peak
         self.speed["model_flops_utilisation"] = model_flops_utilisation(
             self.speed["train_flops"],
             self.speed["train_seconds"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,6 +77,24 @@ def test_both_sides_train_the_same_and_what_is_there_is_not_run_again(
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| lora | trainer | 1 |" in page
     assert "--results results.json" in page
+
+
+def test_a_replayed_step_is_taken_apart(bert_tiny: str, tmp_path: Path) -> None:
+    words = ["--recipes", "freeze-top1", "--model", bert_tiny, "--rows", "192"]
+    words += ["--seeds", "2", "--epochs", "3"]
+    command = [sys.executable, str(FOLDER / "replayed_step.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "**freeze-top1**" in done.stdout
+    shares = re.findall(r"\| .* \| (-?[\d.]+) \| (-?\d+)% \|", done.stdout)
+    assert len(shares) == 5
+    assert all(float(own) > 0 for own, _ in shares[:4])
+    assert sum(int(share) for _, share in shares) == pytest.approx(100, abs=3)
+    assert "freeze-top1 × 2 seeds × 3 epochs" in done.stdout
+    (ratio,) = re.findall(r"operations ([\d.]+) times", done.stdout)
+    # The frozen block once, and not in each of six epochs.
+    assert 1 < float(ratio) < 6
+    assert list(tmp_path.iterdir()) == []
 
 
 def side(train_seconds: float, accuracy: float) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Speed(Config):
     """Time and arithmetic. ``tokens_per_second`` counts real tokens, the first step excluded.
 
     ``model_flops_utilisation`` is ``train_flops`` over what ``matmul_flops_per_second``, measured
-    at the start, would have done in ``train_seconds``. ``compile_seconds`` are in these too.
+    beside the run, would have done in ``train_seconds``. ``compile_seconds`` are in these too.
     """
 
     train_seconds: float | None = None

@@ -1,8 +1,8 @@
 """Activations on disk: one folder a trunk, in it immutable segments. No torch here.
 
 A segment is one safetensors file: ``digests`` (rows, 16) name the rows, ``lengths`` (rows,) count
-their vectors, ``values`` (vectors, width) hold these one row after the other. It is written to a
-temporary name, flushed and renamed, so that a name stands for a whole file; it is never changed
+their vectors, ``values`` (vectors, width) hold these one row after the other. It is written in a
+temporary folder, flushed and renamed, so that a name stands for a whole file; it is never changed
 afterwards, so that any number of processes may read and add at the same time. Two that add the same
 row waste space and nothing else.
 """

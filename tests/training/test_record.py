@@ -19,7 +19,7 @@ from peftlab.results.record import Record
 from peftlab.results.store import read_predictions, read_record, read_steps
 from peftlab.run import Request, Run, train
 from peftlab.tasks.classification import Classification
-from peftlab.training import loop
+from peftlab.training import loop, utilisation
 from tests.training.conftest import write_task
 
 on_the_cpu = pytest.mark.skipif(
@@ -107,6 +107,21 @@ def test_speed(lora: Run) -> None:
     measured = steps[memory.measured_step - 1]["padded_tokens"]
     assert speed.flops_per_step is not None
     assert speed.train_flops == pytest.approx(speed.flops_per_step * padded / measured)
+
+
+@on_the_cpu
+def test_the_peak_is_the_better_of_before_and_after(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([1e9, 3e9])
+    monkeypatch.setattr(utilisation, "_best", {})
+    monkeypatch.setattr(utilisation, "_measure", lambda *_: next(readings))
+    speed = run(task, tmp_path / "run", "head-only").record.speed
+    assert speed.matmul_flops_per_second == 3e9
+    assert speed.train_flops is not None
+    assert speed.train_seconds is not None
+    share = speed.train_flops / (speed.train_seconds * 3e9)
+    assert speed.model_flops_utilisation == pytest.approx(share)
 
 
 def test_memory_parts_sum_to_the_peak(lora: Run) -> None:
