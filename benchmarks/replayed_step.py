@@ -1,13 +1,14 @@
 """What a step takes that replays its frozen trunk, part by part: what keeps the cache from more.
 
-    python benchmarks/replayed_step.py [--recipes head-only,freeze-top1,freeze-top2] [--rows 2000]
+    python benchmarks/replayed_step.py [--recipes freeze-top2,freeze-top1,head-only] [--rows 2000]
 
 One epoch of each recipe with the frozen trunk's cache, which another run has filled, and one
 without; then one with the cache again under torch's profiler, whose own times of operations make
 the parts. *Between* is what is left of the step that nothing watched: Python, autograd's engine,
-batches. The last lines put the epochs together as a comparison of so many seeds and epochs does:
+batches. The last line puts the epochs together as a comparison of so many seeds and epochs does:
 the ratio of training without the cache to training with it, fills included, once by these times
 and once by floating-point operations, which is what it would be if nothing but products took time.
+A recipe that freezes more comes later, since it continues the trunk of those before it.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from peftlab.trunk.store import CACHE_VARIABLE
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::baddbmm_")
 UPDATE = ("aten::_fused_adamw_", "aten::dot", "aten::_foreach_add_", "Optimizer.step#AdamW.step")
-MARK = "a step that counts"
 DRAWS = ("peftlab::draw_kept_",)
+MARK = "a step that counts"
 WARM_UP = 3
 """Steps that fault memory in, and make the optimizer's state."""
 
@@ -146,22 +147,23 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args()
     recipes = options.recipes.split(",")
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="peftlab-trunk-"))
-        stack.enter_context(mock.patch.dict(os.environ, {CACHE_VARIABLE: folder}))
+    with (
+        tempfile.TemporaryDirectory(prefix="peftlab-trunk-") as folder,
+        mock.patch.dict(os.environ, {CACHE_VARIABLE: folder}),
+    ):
         shown = [show(recipe, options) for recipe in recipes]
-    cells = options.seeds * options.epochs
-    times, operations_done = [0.0, 0.0], [0.0, 0.0]
-    for fill, replay, plain in shown:
-        steps = cells * replay.record.steps_done
-        filling = fill.record.trunk_cache.fill_seconds if fill.record.trunk_cache else 0.0
-        times[0] += filling + steps * replay.seconds
-        times[1] += steps * plain.seconds
-        operations_done[0] += fill.flops - replay.flops + cells * replay.flops
-        operations_done[1] += cells * plain.flops
+    epochs = options.seeds * options.epochs
+    cached = plain = cached_flops = plain_flops = 0.0
+    for filling, replaying, without in shown:
+        steps = epochs * replaying.record.steps_done
+        trunk = filling.record.trunk_cache
+        cached += (trunk.fill_seconds if trunk else 0.0) + steps * replaying.seconds
+        plain += steps * without.seconds
+        cached_flops += filling.flops - replaying.flops + epochs * replaying.flops
+        plain_flops += epochs * without.flops
     print(f"\n{', '.join(recipes)} × {options.seeds} seeds × {options.epochs} epochs: training "
-          f"{times[0]:.1f} s with the cache, {times[1]:.1f} s without, {times[1] / times[0]:.2f} "
-          f"times; operations {operations_done[1] / operations_done[0]:.2f} times.")  # fmt: skip
+          f"{cached:.1f} s with the cache, {plain:.1f} s without, {plain / cached:.2f} times; "
+          f"operations {plain_flops / cached_flops:.2f} times.")  # fmt: skip
     return 0
 
 

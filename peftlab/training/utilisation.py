@@ -12,8 +12,6 @@ _REPEATS = 6
 _MAX_SECONDS = 0.4
 _SIZE = {"cpu": 1024, "cuda": 4096}
 """Rows and columns of the square matrices: large enough for the peak, small enough to be quick."""
-
-
 _best: dict[tuple[torch.device, torch.dtype], float] = {}
 """What this process has measured."""
 
