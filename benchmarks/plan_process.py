@@ -86,7 +86,10 @@ def child(task: str, recipe: str, plan_first: bool) -> dict[str, Any]:
     features = kind.encode(splits.train, tokenizer, experiment.train.max_length)
     lengths = [len(each["input_ids"]) for each in features]
     schedule = Schedule(lengths, experiment.train, experiment.seed)
-    micros = [micro[0] for micro in schedule.micro_batches(schedule.largest_step())]
+    micros = [
+        micro[0]
+        for micro in schedule.micro_batches(schedule.largest_step((0, schedule.total_steps)))
+    ]
     batches = [
         MicroBatch(kind.collate([features[row] for row in micro], tokenizer)) for micro in micros
     ]
@@ -98,9 +101,9 @@ def child(task: str, recipe: str, plan_first: bool) -> dict[str, Any]:
     set_seed(experiment.seed)
     accelerator = Accelerator(mixed_precision=experiment.precision.mixed_precision)
     model = assembly.model
-    optimizer, _ = build_optimizer(model, experiment.optim, assembly.anatomy)
+    optimizer, _ = build_optimizer(model, experiment.optim, assembly.prepared.anatomy)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    set_training_mode(model, assembly.trunk)
+    set_training_mode(model, assembly.prepared.trunk)
     trained = [p for p in model.parameters() if p.requires_grad]
     items = sum(kind.num_items(features[row]) for micro in micros for row in micro)
     timeline = TimelineMeter()

@@ -35,7 +35,7 @@ class Assembly:
     """An experiment's objects; ``model`` has its method attached.
 
     Args:
-        trunk: modules that stay in eval mode while training.
+        prepared: the model, with what lies below the part of it that trains.
         notes: what the method noticed while attaching.
     """
 
@@ -43,13 +43,14 @@ class Assembly:
     kind: TaskKind[Any]
     splits: Splits
     tokenizer: PreTrainedTokenizerBase
-    anatomy: Anatomy
     method: Method[Any]
-    model: nn.Module
-    params: ParameterCounts
-    trunk: Sequence[nn.Module]
-    boundary: Boundary | NoBoundary
+    prepared: Prepared
     notes: tuple[str, ...]
+
+    @property
+    def model(self) -> nn.Module:
+        """With its method attached."""
+        return self.prepared.model
 
 
 def check_model(experiment: Experiment, kind: TaskKind[Any], splits: Splits) -> Anatomy:
@@ -168,12 +169,8 @@ def assemble(
         kind=kind,
         splits=splits,
         tokenizer=tokenizer,
-        anatomy=prepared.anatomy,
         method=method,
-        model=prepared.model,
-        params=prepared.params,
-        trunk=prepared.trunk,
-        boundary=prepared.boundary,
+        prepared=prepared,
         notes=tuple(method.notes),
     )
 
@@ -183,16 +180,27 @@ class Prepared:
     """A model with its method attached, as a real run and a planned one train it.
 
     Args:
-        anatomy: of the base model.
-        trunk: modules that stay in eval mode while training.
-        boundary: up to where the model computes the same in every epoch.
+        base: the transformers model, and ``anatomy`` what it was before.
+        candidates: modules that stay in eval mode if nothing in them trains, bottom to top.
+        above: those that lie above the blocks.
     """
 
     model: nn.Module
+    base: PreTrainedModel
     anatomy: Anatomy
     params: ParameterCounts
-    trunk: Sequence[nn.Module]
-    boundary: Boundary | NoBoundary
+    candidates: Sequence[nn.Module]
+    above: Sequence[nn.Module]
+
+    @property
+    def trunk(self) -> list[nn.Module]:
+        """The modules that stay in eval mode while that trains which now requires gradients."""
+        return frozen_trunk(self.model, self.candidates, self.above)
+
+    @property
+    def boundary(self) -> Boundary | NoBoundary:
+        """Up to where the model then computes the same in every epoch."""
+        return find_boundary(self.base, self.anatomy, self.trunk)
 
 
 def prepare(
@@ -217,11 +225,11 @@ def prepare(
     draw_attention_dropout_fast(model)
     if train.skip_unread_positions:
         skip_unread_positions(base, anatomy)
-    trunk = [] if train.trunk_dropout else frozen_trunk(model, candidates, above)
     return Prepared(
         model=model,
+        base=base,
         anatomy=anatomy,
         params=ParameterCounts(**parameter_roles(model, base_parameters, anatomy)),
-        trunk=trunk,
-        boundary=find_boundary(base, anatomy, trunk),
+        candidates=[] if train.trunk_dropout else candidates,
+        above=above,
     )

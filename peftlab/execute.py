@@ -7,8 +7,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import send_to_device, set_seed
-from accelerate.utils.memory import clear_device_cache
-from torch import Tensor
+from accelerate.utils import set_seed
 
 from peftlab.assemble import Assembly, assemble
 from peftlab.errors import DivergedError, IncompatibleError, RunError
 from peftlab.experiment.schema import Experiment
 from peftlab.files import replace_folder, write_json, write_text
-from peftlab.memory.flops import FlopsByLength
 from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks, return_freed_memory
 from peftlab.memory.meter import available_bytes, process_peak_bytes
 from peftlab.planning.experiment import plan_experiment
 from peftlab.results.record import CurvePoint, Memory, PhaseMarks, Record, Speed, Status
 from peftlab.results.record import TrunkCache as TrunkCacheRecord
 from peftlab.results.store import RECORD, write_predictions, write_record
+from peftlab.run_trunk import RunTrunk
 from peftlab.sharing import Shared
 from peftlab.tasks.base import Features, Splits, TaskKind
 from peftlab.tasks.metrics import METRICS
@@ -41,8 +38,8 @@ from peftlab.training.events import Listener, ProgressBar, StepFile, Tracking
 from peftlab.training.job import Job
 from peftlab.training.launch import refuse_early_updates, refuse_sharding
 from peftlab.training.loop import Loop
+from peftlab.training.stages import stage_notes, train_flops
 from peftlab.training.utilisation import matmul_flops_per_second, model_flops_utilisation
-from peftlab.trunk.cache import TrunkCache, fill_batches
 from peftlab.units import format_bytes
 
 ADAPTER, CHECKPOINTS, ERROR, PLAN = "adapter", "checkpoints", "error.txt", "plan.json"
@@ -66,7 +63,6 @@ class Execution:
         self.identity, self.folder = identity, folder
         self.known: dict[str, Any] = {"notes": splits.notes}
         self.speed: dict[str, Any] = {}
-        self.fill_seconds, self.fill_flops = 0.0, 0
 
     def run(self, resume: bool, progress: bool, command: str) -> Record:
         """Train, test and save; the record is written whatever happens.
@@ -129,20 +125,26 @@ class Execution:
         started, compiles = time.perf_counter(), self.experiment.train.torch_compile
         compiled = compile_seconds() if compiles else 0.0
         assembly = assemble(self.experiment, self.kind, self.splits, tokenizer, shared.model)
-        self.known["params"] = assembly.params
+        self.known["params"] = assembly.prepared.params
         self.known["notes"] += assembly.notes
         job = job_of(assembly, self.folder / CHECKPOINTS, features)
         # The method has drawn its own numbers: dropout shall be the same for all of them.
         set_seed(self.experiment.seed + accelerator.process_index)
         loop = Loop(job, accelerator, self._listeners(accelerator, progress))
+        self.known["notes"] += stage_notes(loop.stages)
         self.speed["load_seconds"] = encode_seconds + time.perf_counter() - started
-        with self._trunk_cache(assembly, loop):
-            try:
-                fitted = loop.fit(resume)
-            finally:
-                self._learn(loop)
-            self.known["notes"] += fitted.notes
-            self._test(assembly, accelerator)
+        trunk = RunTrunk(assembly, loop, shared)
+        try:
+            with trunk:
+                trunk.fill()
+                try:
+                    fitted = loop.fit(resume, trunk.enter)
+                finally:
+                    self._learn(loop, trunk)
+                self.known["notes"] += fitted.notes
+                self._test(assembly, accelerator)
+        finally:
+            self.known["trunk_cache"] = TrunkCacheRecord(**trunk.usage())
         if compiles:
             self.speed["compile_seconds"] = compile_seconds() - compiled
         if accelerator.is_main_process:
@@ -150,48 +152,6 @@ class Execution:
                 assembly.method.save_adapter(assembly.model, folder)
                 self.known["saved_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
         accelerator.wait_for_everyone()
-
-    @contextmanager
-    def _trunk_cache(self, assembly: Assembly, loop: Loop) -> Iterator[None]:
-        """In here the frozen trunk is computed once for each row; training rows at the start."""
-        train, job, accelerator = self.experiment.train, loop.job, loop.accelerator
-        shared = self.shared
-        cache = TrunkCache(
-            assembly.boundary,
-            train.trunk_cache,
-            half=train.trunk_cache_dtype == "float16",
-            before=shared.trunk,
-        )
-
-        def batch(rows: Sequence[int]) -> dict[str, Tensor]:
-            collated = self.kind.collate([job.features[row] for row in rows], job.tokenizer)
-            on_device: dict[str, Tensor] = send_to_device(collated, accelerator.device)
-            return on_device
-
-        def loss() -> Tensor:
-            with accelerator.autocast():
-                return self.kind.loss(assembly.model, batch(range(min(2, len(job.features)))))
-
-        lengths = {row: loop.lengths[row] for row in loop.schedule.trained_rows}
-        others = len(job.validation) + len(self.splits.test)
-        with cache.opened(loss, list(lengths.values()), others):
-            device, parts = accelerator.device.type, accelerator.num_processes
-            known = shared.filled if cache.continued else set()
-            unknown = {row: length for row, length in lengths.items() if row not in known}
-            share = fill_batches(unknown, device, accelerator.process_index, parts)
-            counted = FlopsByLength()
-            with accelerator.autocast():
-                cache.fill(map(batch, share), accelerator.wait_for_everyone, counted.of)
-            self.fill_flops, self.fill_seconds = counted.flops, cache.fill_seconds
-            shared.trunk = cache.open_trunk
-            shared.filled = known if cache.note else {*known, *lengths}
-            # What the fill and earlier runs held would count as reserved by the training.
-            clear_device_cache()
-            try:
-                yield
-            finally:
-                cache.flush()
-                self.known["trunk_cache"] = TrunkCacheRecord(**cache.usage())
 
     def _plan(self, accelerator: Accelerator) -> None:
         """Foresee the memory, so that the record holds it beside what will be measured."""
@@ -258,9 +218,9 @@ class Execution:
         if accelerator.is_main_process:
             write_predictions(self.folder, predictions)
 
-    def _learn(self, loop: Loop) -> None:
+    def _learn(self, loop: Loop, trunk: RunTrunk) -> None:
         """What the loop knows, also when it did not come to its end."""
-        progress, measured = loop.state.progress, loop.measured
+        progress = loop.state.progress
         self.known |= {
             "steps_done": progress.step,
             "final_train_loss": progress.last_loss,
@@ -271,13 +231,14 @@ class Execution:
             self.speed["tokens_per_second"] = progress.timed_tokens / progress.timed_seconds
         if progress.padded_tokens:
             self.speed["padding_share"] = 1 - progress.tokens / progress.padded_tokens
-        self.speed["train_seconds"] = progress.train_seconds + self.fill_seconds
+        self.speed["train_seconds"] = progress.train_seconds + trunk.fill_seconds
         self.speed["eval_seconds"] = progress.eval_seconds
         self.known["memory"] = Memory(
             source="process high-water mark", process_peak_bytes=self._process_peak_bytes()
         )
-        if measured is None:
+        if not loop.measured:
             return
+        measured = loop.measured[-1]
         measurement = measured.measurement
         self.known["memory"] = Memory(
             source=measurement.source,
@@ -289,12 +250,17 @@ class Execution:
             measured_batch=measured.batch,
         )
         self.speed["flops_per_step"] = measurement.flops
-        self.speed["train_flops"] = (
-            measurement.flops * progress.padded_tokens / measured.padded_tokens + self.fill_flops
+        flops = train_flops(
+            loop.measured, loop.stages, loop.schedule, progress.step, progress.padded_tokens
         )
+        if flops is None:
+            # The stages before a run was resumed were another process's.
+            return
+        self.speed["train_flops"] = flops + trunk.fill_flops
+        steps = " and ".join(str(each.step) for each in loop.measured)
         self.speed["flops_source"] = (
-            f"counted in step {measured.step}, scaled to the run by padded tokens"
-            + ", and the frozen trunk's once" * bool(self.fill_flops)
+            f"counted in step {steps}, scaled to the run by padded tokens"
+            + ", and the frozen trunk's once" * bool(trunk.fill_flops)
         )
         device = loop.accelerator.device
         if self.shared.runs == 0 and device.type == "cpu":
@@ -345,8 +311,8 @@ def job_of(
         method=assembly.method,
         kind=assembly.kind,
         tokenizer=assembly.tokenizer,
-        anatomy=assembly.anatomy,
-        trunk=assembly.trunk,
+        anatomy=assembly.prepared.anatomy,
+        trunk=lambda: assembly.prepared.trunk,
         features=features
         if features is not None
         else assembly.kind.encode(splits.train, assembly.tokenizer, experiment.train.max_length),

@@ -108,7 +108,7 @@ def load_run(run: str | Path, *, root: Path = Path("runs")) -> LoadedRun:
         kind=kind,
         labels=record.labels,
         tokenizer=assembly.tokenizer,
-        anatomy=assembly.anatomy,
+        anatomy=assembly.prepared.anatomy,
         method=assembly.method,
         model=model.eval(),
     )

@@ -24,14 +24,15 @@ class Shared:
         runs: that have ended well.
         model: the base model; None where no run will come after the first.
         plans: of a step, by what decides them.
-        trunk: the frozen trunk's activations; ``filled`` are the training rows that it holds.
+        trunks: the frozen trunk's activations in each stage; ``filled`` are the training rows
+            that they hold.
     """
 
     runs: int = 0
     model: SharedModel | None = None
     plans: dict[Hashable, Any] = field(default_factory=dict)
-    trunk: OpenTrunk | None = None
-    filled: set[int] = field(default_factory=set)
+    trunks: dict[int, OpenTrunk | None] = field(default_factory=dict)
+    filled: dict[int, set[int]] = field(default_factory=dict)
     _encoded: tuple[PreTrainedTokenizerBase, Sequence[Features]] | None = None
 
     def encoded(

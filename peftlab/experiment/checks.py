@@ -88,6 +88,14 @@ def check(
                 "Use false or true, or leave torch_compile off.",
             )
         )
+    if train.torch_compile and len(experiment.build_method().stage_starts(1)) > 1:
+        problems.append(
+            Problem(
+                at("train", "torch_compile"),
+                f"this {kind} trains in stages, and a block is compiled for one of them.",
+                "Leave it off, or train without stages.",
+            )
+        )
     if experiment.optim.optimizer_in_backward:
         obstacles = (
             (train.gradient_accumulation_steps > 1, ("train", "gradient_accumulation_steps"), "1"),

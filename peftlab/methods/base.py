@@ -63,8 +63,9 @@ class Progress:
 class Method(ABC, Generic[ConfigT]):
     """A way to adapt a model.
 
-    ``attach`` decides what trains, and ``requires_grad`` is final afterwards. Everything else asks
-    ``traits`` and ``requires_grad``, never a method's name. ``notes`` holds what the user should
+    ``attach`` decides what trains, and ``requires_grad`` is final afterwards; only ``enter_stage``
+    may hold some of it back for a while. Everything else asks ``traits`` and ``requires_grad``,
+    never a method's name. ``notes`` holds what the user should
     know of an ``attach`` that went well but may not be what was meant; a run records it.
     """
 
@@ -91,6 +92,17 @@ class Method(ABC, Generic[ConfigT]):
         Raises:
             IncompatibleError: nothing would train, or a pattern matches nothing.
         """
+
+    def stage_starts(self, total_steps: int) -> tuple[int, ...]:
+        """The steps, counted from 0, with which the stages of a training start; known unattached.
+
+        In each stage other tensors train, in the last all that ``attach`` let train. Most methods
+        have one stage.
+        """
+        return (0,)
+
+    def enter_stage(self, model: nn.Module, stage: int) -> None:
+        """Let only what trains in this stage require gradients, in a model that ``attach`` made."""
 
     def on_step_end(self, model: nn.Module, progress: Progress) -> None:
         """Called after each optimizer step; for methods that change while they train."""

@@ -12,7 +12,7 @@ from peftlab.errors import IncompatibleError, Problem
 from peftlab.methods.base import Method, MethodConfig, Traits
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _WAYS = ("top", "bottom", "blocks", "patterns", "freeze_embeddings")
 _RANGE = re.compile(r"\s*(-?\d+)(?:\s*-\s*(-?\d+))?\s*")
@@ -27,6 +27,9 @@ class FreezeConfig(MethodConfig):
         blocks: blocks by index from the bottom, -1 the topmost: ``"0-2,5,-1"`` or a list.
         patterns: regular expressions over parameter names (``re.search``); what one matches trains.
         freeze_embeddings: everything but the embeddings trains.
+        unfreeze_ratio: with ``top``: the head trains first and the k blocks join one by one from
+            the topmost down, evenly spaced, the last after this share of all steps (gradual
+            unfreezing: Howard & Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.3).
         head: "auto" trains a task head and leaves a language model's head frozen.
         after_blocks: the final norm and the pooler; "auto" trains them when the topmost block does.
     """
@@ -37,6 +40,7 @@ class FreezeConfig(MethodConfig):
     blocks: str | tuple[int, ...] | None = None
     patterns: tuple[str, ...] | None = Field(default=None, min_length=1)
     freeze_embeddings: bool = False
+    unfreeze_ratio: float | None = Field(default=None, gt=0, lt=1)
     head: bool | Literal["auto"] = "auto"
     after_blocks: bool | Literal["auto"] = "auto"
 
@@ -67,6 +71,8 @@ class FreezeConfig(MethodConfig):
         if len(given) != 1:
             found = f"found {' and '.join(given)}" if given else "found none"
             raise ValueError(f"give exactly one of {', '.join(_WAYS)}; {found}")
+        if self.unfreeze_ratio is not None and not self.top:
+            raise ValueError("unfreeze_ratio needs top: k, the blocks that join one by one")
         return self
 
 
@@ -103,10 +109,36 @@ class Freeze(Method[FreezeConfig]):
         if problems := self.check(anatomy):
             raise IncompatibleError(problems)
         self.notes = self._partial_patterns(anatomy)
-        chosen = self._chosen(anatomy)
+        self._stages = self._chosen_by_stage(anatomy)
+        self.enter_stage(model, -1)
+        return model
+
+    def stage_starts(self, total_steps: int) -> tuple[int, ...]:
+        ratio, top = self.config.unfreeze_ratio, self.config.top
+        if ratio is None or top is None:
+            return (0,)
+        return tuple(int(total_steps * ratio * trained / top) for trained in range(top + 1))
+
+    def enter_stage(self, model: nn.Module, stage: int) -> None:
+        chosen = self._stages[stage]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
-        return model
+
+    def training_state(self, model: nn.Module) -> dict[str, Tensor]:
+        # In an early stage not all of it requires a gradient.
+        chosen = self._stages[-1]
+        return {name: p.detach() for name, p in model.named_parameters() if name in chosen}
+
+    def _chosen_by_stage(self, anatomy: Anatomy) -> list[set[str]]:
+        """The names of the parameters that train, for each stage."""
+        if self.config.unfreeze_ratio is None:
+            return [self._chosen(anatomy)]
+        stages = [
+            Freeze(self.config.model_copy(update={"top": trained}))._chosen(anatomy)
+            for trained in range((self.config.top or 0) + 1)
+        ]
+        # Without a head to train the topmost block trains from the start.
+        return [stages[0] or stages[1], *stages[1:]]
 
     def _chosen(self, anatomy: Anatomy) -> set[str]:
         """The names of the parameters that train."""

@@ -26,6 +26,7 @@ from peftlab.planning.simulate import PlanRequest
 from peftlab.sharing import Shared
 from peftlab.tasks.base import Splits, TaskKind
 from peftlab.training.schedule import Schedule
+from peftlab.training.stages import Stage, stage_notes, stages_of
 
 
 def plan_experiment(
@@ -49,9 +50,10 @@ def plan_experiment(
     tokenizer, features = shared.encoded(experiment, kind, splits)
     lengths = [len(each["input_ids"]) for each in features]
     schedule = Schedule(lengths, experiment.train, experiment.seed, num_processes, kind.batch_shape)
-    shares = _largest_share(schedule, kind)
+    stages = stages_of(experiment.build_method(), schedule.total_steps, num_processes)
+    shares = _largest_share(schedule, stages[-1], kind)
     batches = [kind.collate([features[row] for row in share], tokenizer) for share in shares]
-    request = _of_shares(experiment, kind, splits, schedule, shares, device, sharding)
+    request = _of_shares(experiment, kind, splits, schedule, stages[-1], shares, device, sharding)
     tokens = sum(_tokens(kind, share, lengths) for share in shares)
     key = _what_decides(request, batches)
     if key not in shared.plans:
@@ -59,7 +61,7 @@ def plan_experiment(
     planned: Plan = shared.plans[key]
     if memory_bytes is not None:
         planned = fit(request, memory_bytes, planned)
-    return _with_average(planned, schedule, tokens)
+    return _of_run(planned, schedule, stages, tokens)
 
 
 def _what_decides(request: PlanRequest, batches: Sequence[Mapping[str, Tensor]]) -> str:
@@ -89,16 +91,20 @@ def plan_lengths(
 ) -> Plan:
     """As ``plan_experiment``, where only the lengths of the examples are known, not the texts."""
     schedule = Schedule(lengths, experiment.train, experiment.seed, num_processes, kind.batch_shape)
-    shares = _largest_share(schedule, kind)
-    request = _of_shares(experiment, kind, splits, schedule, shares, device, sharding)
+    stages = stages_of(experiment.build_method(), schedule.total_steps, num_processes)
+    shares = _largest_share(schedule, stages[-1], kind)
+    request = _of_shares(experiment, kind, splits, schedule, stages[-1], shares, device, sharding)
     # Without texts, every micro-batch of the step is planned like the largest.
     tokens = math.prod(kind.batch_shape(request.lengths)) * len(shares)
-    return _with_average(plan_request(request, memory_bytes), schedule, tokens)
+    return _of_run(plan_request(request, memory_bytes), schedule, stages, tokens)
 
 
-def _largest_share(schedule: Schedule, kind: TaskKind[Any]) -> list[list[int]]:
-    """The micro-batches of the step with the largest, as the process sees them that has it."""
-    micros = schedule.micro_batches(schedule.largest_step())
+def _largest_share(schedule: Schedule, stage: Stage, kind: TaskKind[Any]) -> list[list[int]]:
+    """The micro-batches of a stage's step with the largest, as the process sees them that has it.
+
+    In the last stage everything trains.
+    """
+    micros = schedule.micro_batches(schedule.largest_step(stage.steps))
     lengths = schedule.plan.lengths
 
     def largest(process: int) -> int:
@@ -119,6 +125,7 @@ def _of_shares(
     kind: TaskKind[Any],
     splits: Splits,
     schedule: Schedule,
+    stage: Stage,
     shares: Sequence[Sequence[int]],
     device: str | None,
     sharding: Sharding,
@@ -127,13 +134,15 @@ def _of_shares(
     largest = max(shares, key=lambda share: _tokens(kind, share, lengths))
     chosen = [lengths[row] for row in largest]
     request = request_of(experiment, kind, splits, chosen, device, schedule.num_processes, sharding)
-    trained = [lengths[row] for row in schedule.trained_rows]
+    trained = [lengths[row] for row in schedule.trained_rows(stage.steps)]
     return replace(request, all_rows=(trained, len(splits.validation) + len(splits.test)))
 
 
-def _with_average(planned: Plan, schedule: Schedule, tokens: int) -> Plan:
+def _of_run(planned: Plan, schedule: Schedule, stages: Sequence[Stage], tokens: int) -> Plan:
+    """With what a whole run is beside its largest step, which has so many tokens."""
     average = average_step(schedule, planned.flops_per_step, tokens)
-    return planned.model_copy(update={"average": average})
+    notes = (*planned.notes, *stage_notes(stages))
+    return planned.model_copy(update={"average": average, "notes": notes})
 
 
 def request_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,8 @@ class Job:
     """What to train, on what, how long.
 
     Args:
-        model: with its method attached; ``requires_grad`` is final.
-        trunk: modules that stay in eval mode while training.
+        model: with its method attached.
+        trunk: answers which modules stay in eval mode while training, in the stage that is entered.
         features: the encoded training examples.
         validation: rows to evaluate on.
         metric: the validation metric that decides which weights are best.
@@ -36,7 +36,7 @@ class Job:
     kind: TaskKind[Any]
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
-    trunk: Sequence[nn.Module]
+    trunk: Callable[[], Sequence[nn.Module]]
     features: Sequence[Features]
     validation: Sequence[Row]
     labels: Sequence[str]
@@ -84,7 +84,7 @@ class MeasuredStep:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What training gives back besides the trained model."""
+    """What training gives back besides the trained model; ``measured`` is of the last stage."""
 
     progress: Progression
     measured: MeasuredStep | None

@@ -1,10 +1,12 @@
 """The training loop, over Accelerate. One for every method.
 
 on_begin
-each optimizer step:
-    micro-batches → forward, backward → clip, update      (step.py)
-    the guard sees the gradients; the method's on_step_end
-    on_step; evaluate → on_evaluate, keep the best; save   (as configured)
+each stage of the method, for most there is one:           (stages.py)
+    enter_stage; modes
+    each optimizer step:
+        micro-batches → forward, backward → clip, update   (step.py)
+        the guard sees the gradients; the method's on_step_end
+        on_step; evaluate → on_evaluate, keep the best; save   (as configured)
 the guard judges; the best weights come back
 on_end
 """
@@ -13,13 +15,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
-from peftlab.errors import DivergedError
 from peftlab.memory.meter import NullMeter, StepMeter, step_meter
 from peftlab.methods.base import Progress
 from peftlab.optim.build import build_optimizer, build_scheduler
@@ -32,8 +33,11 @@ from peftlab.training.guard import LearningGuard
 from peftlab.training.job import FitResult, Job, MeasuredStep, Progression
 from peftlab.training.modes import set_training_mode
 from peftlab.training.schedule import Schedule
+from peftlab.training.stages import Stage, stages_of
 from peftlab.training.state import TrainingState
-from peftlab.training.step import MicroBatch, optimizer_step
+from peftlab.training.step import MicroBatch, finite, optimizer_step
+
+OnStage = Callable[[int], None]
 
 
 class Loop:
@@ -43,14 +47,16 @@ class Loop:
         self.job, self.accelerator, self.listeners = job, accelerator, listeners
         self.model = job.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._trunk = job.trunk()
         if job.train.torch_compile:
-            compile_blocks(self.model, job.anatomy, job.trunk, accelerator.device)
+            compile_blocks(self.model, job.anatomy, self._trunk, accelerator.device)
         optimizer, self.notes = build_optimizer(self.model, job.optim, job.anatomy)
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.lengths = [len(features["input_ids"]) for features in job.features]
         processes, shape = accelerator.num_processes, job.kind.batch_shape
         self.schedule = Schedule(self.lengths, job.train, job.seed, processes, shape)
         self.total_steps = self.schedule.total_steps
+        self.stages = stages_of(job.method, self.total_steps, processes)
         self.scheduler = build_scheduler(optimizer, job.optim, self.total_steps)
         self.guard = LearningGuard(self.model)
         if job.optim.optimizer_in_backward:
@@ -59,10 +65,13 @@ class Loop:
         self.state = TrainingState(
             job.method, job.model, self.optimizer, self.scheduler, accelerator.scaler, self.guard
         )
-        self.measured: MeasuredStep | None = None
+        self.measured: list[MeasuredStep] = []
 
-    def fit(self, resume: bool = False) -> FitResult:
+    def fit(self, resume: bool = False, on_stage: OnStage = lambda _: None) -> FitResult:
         """Train; with ``resume`` go on from the newest checkpoint where there is one.
+
+        Args:
+            on_stage: called with the number of each stage that is entered.
 
         Raises:
             DivergedError: the loss is not finite.
@@ -71,22 +80,35 @@ class Loop:
         """
         if resume:
             self._restore()
-        # The operations of compiled blocks cannot be watched.
-        compiled = self.job.train.torch_compile
-        to_measure = None if compiled else self.schedule.largest_step(self.progress.step)
         try:
             for listener in self.listeners:
                 listener.on_begin(self.total_steps, self.progress.step)
-            set_training_mode(self.model, self.job.trunk)
-            while self.progress.step < self.total_steps and not self._stopped_early():
-                self._advance(measure=self.progress.step == to_measure)
+            for stage in self.stages:
+                # The last is entered in any case: its model is the one that is tested.
+                if self.progress.step < stage.end or stage is self.stages[-1]:
+                    self._train_stage(stage, on_stage)
         finally:
             for listener in self.listeners:
                 listener.on_end()
         # Judged before: the best weights may be those of a step in which the rate was still 0.
         self.guard.verify(self.model, self.progress.step)
         self.state.return_to_best()
-        return FitResult(self.progress, self.measured, tuple(self.notes))
+        return FitResult(self.progress, next(reversed(self.measured), None), tuple(self.notes))
+
+    def _train_stage(self, stage: Stage, on_stage: OnStage) -> None:
+        progress, job = self.progress, self.job
+        job.method.enter_stage(self.model, stage.number)
+        on_stage(stage.number)
+        self._trunk = job.trunk()
+        set_training_mode(self.model, self._trunk)
+        # The operations of compiled blocks cannot be watched.
+        to_measure = None
+        if not job.train.torch_compile:
+            to_measure = self.schedule.largest_step(stage.steps, progress.step)
+        if progress.step == stage.start:
+            progress.evaluations_since_best = 0
+        while progress.step < stage.end and not self._stopped_early(stage):
+            self._advance(measure=progress.step == to_measure)
 
     def _advance(self, measure: bool) -> None:
         """One optimizer step and what follows it."""
@@ -101,7 +123,7 @@ class Loop:
         event = None
         if progress.step % config.logging_steps == 0 or progress.step == self.total_steps:
             # Reading the loss waits for the device, so it belongs to the step's time.
-            progress.last_loss = self._finite(loss)
+            progress.last_loss = finite(loss, progress.step)
             event = (progress.last_loss, None if grad_norm is None else float(grad_norm))
         seconds = time.perf_counter() - started
         progress.tokens += tokens
@@ -146,8 +168,8 @@ class Loop:
         padded_tokens = sum(map(math.prod, padded))
         if (measurement := meter.result()) is not None:
             largest = max(padded, key=math.prod)
-            self.measured = MeasuredStep(
-                self.progress.step + 1, largest, padded_tokens, measurement
+            self.measured.append(
+                MeasuredStep(self.progress.step + 1, largest, padded_tokens, measurement)
             )
         return self.accelerator.reduce(result.loss, "sum"), result.grad_norm, padded_tokens
 
@@ -158,15 +180,6 @@ class Loop:
         return MicroBatch(
             send_to_device(inputs, self.accelerator.device), weight=1.0 if part else 0.0
         )
-
-    def _finite(self, loss: Tensor) -> float:
-        value = float(loss)
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"the loss is {value} at step {self.progress.step}. "
-                "Try a smaller optim.learning_rate or a longer warm-up."
-            )
-        return value
 
     def _tell_step(self, event: StepEvent) -> None:
         self.state.note_loss(event, self.total_steps)
@@ -186,7 +199,7 @@ class Loop:
             batch_size=job.train.per_device_eval_batch_size,
             labels=job.labels,
         )
-        set_training_mode(self.model, job.trunk)
+        set_training_mode(self.model, self._trunk)
         metrics = job.kind.score(job.validation, predictions)
         progress.eval_seconds += time.perf_counter() - started
         best = self.state.judge(
@@ -206,9 +219,11 @@ class Loop:
         interval = every if strategy == "steps" and every else self.schedule.steps_per_epoch
         return self.progress.step % interval == 0 or self.progress.step == self.total_steps
 
-    def _stopped_early(self) -> bool:
+    def _stopped_early(self, stage: Stage) -> bool:
         patience = self.job.train.early_stopping_patience
-        return patience is not None and self.progress.evaluations_since_best >= patience
+        # Before the last stage, some of what is to train has not begun to.
+        waited = patience is not None and self.progress.evaluations_since_best >= patience
+        return waited and stage is self.stages[-1]
 
     def _save(self) -> None:
         rng = gather_object([ckpt.rng_state()])

@@ -60,20 +60,21 @@ class Schedule:
         """(rows, tokens) of each micro-batch of a step, on every process."""
         return shapes(self.micro_batches(step), self.plan.lengths, self._shape)
 
-    @property
-    def trained_rows(self) -> list[int]:
-        """The examples that the first epoch takes: all, unless the run is shorter than that."""
-        steps = range(min(self.total_steps, self.steps_per_epoch))
-        return [row for step in steps for row in self.rows_of(step)]
+    def trained_rows(self, stage: tuple[int, int]) -> list[int]:
+        """The examples that a stage's steps take; a whole epoch takes all."""
+        start, end = stage
+        epochs_before = math.ceil(start / self.steps_per_epoch)
+        steps = range(start, min(end, (epochs_before + 1) * self.steps_per_epoch))
+        return list(dict.fromkeys(row for step in steps for row in self.rows_of(step)))
 
-    def largest_step(self, start: int = 0) -> int:
-        """The step with the largest micro-batch of those from ``start`` on.
+    def largest_step(self, stage: tuple[int, int], resumed_at: int = 0) -> int:
+        """The step with the largest micro-batch of a stage's, which are given as (start, end).
 
-        The very first step of a run is left out, since optimizer state does not exist at its peak;
-        where training may stop early, so is what comes after one epoch.
+        Its very first step is left out, since optimizer state does not exist at its peak; where
+        training may stop early, so is what comes after one epoch.
         """
-        first = max(start, min(1, self.total_steps - 1))
-        last = self.total_steps
+        start, last = stage
+        first = max(resumed_at, min(start + 1, last - 1))
         if self._config.early_stopping_patience is not None:
             last = min(last, first + self.steps_per_epoch)
         sizes = {step: max(map(math.prod, self.shapes_of(step))) for step in range(first, last)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
+
+from peftlab.errors import DivergedError
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -91,6 +94,21 @@ def optimizer_step(
         else:
             grad_norm = _clip_and_update(optimizer, parameters, max_grad_norm, backend)
     return StepResult(total, grad_norm)
+
+
+def finite(loss: Tensor, step: int) -> float:
+    """The loss of a step as a number.
+
+    Raises:
+        DivergedError: it is none.
+    """
+    value = float(loss)
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"the loss is {value} at step {step}. "
+            "Try a smaller optim.learning_rate or a longer warm-up."
+        )
+    return value
 
 
 def _clip_and_update(

@@ -90,7 +90,7 @@ class TrunkCache:
     def opened(
         self, loss: Callable[[], Tensor], lengths: Sequence[int], later_rows: int
     ) -> Iterator[None]:
-        """In here the model replays its trunk.
+        """In here the model replays its trunk; may be entered again when it was left.
 
         Args:
             loss: of a few training rows, through the model.
@@ -98,7 +98,7 @@ class TrunkCache:
             later_rows: how many other rows will be predicted.
         """
         with self._replay.attached() if self._replay else nullcontext():
-            if self._replay is not None:
+            if self._replay is not None and self._store is None and not self.note:
                 try:
                     with _eval_mode(self._replay.boundary.base):
                         self._open(self._replay, loss, lengths, later_rows)

@@ -44,15 +44,21 @@ def test_a_shared_process_gives_what_solo_runs_give(task: Path, tmp_path: Path) 
         "fast",
         "method: {kind: freeze, top: 0}\noptim: {learning_rate: 2e-2, weight_decay: 0.01}\n",
     )
-    recipes = ("head-only", fast, "freeze-top1", "lora")
+    staged = write_recipe(
+        task,
+        "staged",
+        "method: {kind: freeze, top: 1, unfreeze_ratio: 0.5}\noptim: {learning_rate: 1e-3}\n",
+    )
+    recipes = ("head-only", fast, "freeze-top1", staged, "lora")
     comparison = run(task, tmp_path / "shared", *recipes, seeds=2).comparison
-    name = Path(fast).stem
+    paths = {Path(path).stem: path for path in (fast, staged)}
+    name, later = paths
     cells = comparison.cells
     assert shared(cells) == [
-        ("head-only", 1), (name, 0), (name, 1), ("freeze-top1", 1)
+        ("head-only", 1), (name, 0), (name, 1), ("freeze-top1", 1), (later, 1)
     ]  # fmt: skip
     for cell in cells:
-        recipe = fast if cell.recipe == name else cell.recipe
+        recipe = paths.get(cell.recipe, cell.recipe)
         request = Request(root=tmp_path / "solo", progress=False)
         solo = train(str(task), recipe, seed=cell.seed, overrides=SETTINGS, request=request)
         assert cell.run_dir is not None

@@ -227,6 +227,14 @@ def test_selective_recomputation_and_compilation_exclude_each_other() -> None:
     assert resolve("movie-sentiment", "full", overrides=whole).experiment.train
 
 
+def test_stages_are_not_compiled() -> None:
+    compiled = "train.torch_compile=true"
+    (found,) = _problems("movie-sentiment", "unfreeze-top4", overrides=[compiled])
+    assert found.startswith(f"--set {compiled}: this freeze trains in stages")
+    plain = [compiled, "method.unfreeze_ratio=null"]
+    assert resolve("movie-sentiment", "unfreeze-top4", overrides=plain).experiment.train
+
+
 def test_a_combination_that_is_fine_is_left_alone() -> None:
     overrides = ["train.gradient_checkpointing=true", "precision.quantization=nf4"]
     assert resolve("movie-sentiment", "lora", overrides=overrides).experiment.train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ MODELS = (
 SECTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "freeze": (
         {"top": 2},
+        {"top": 2, "unfreeze_ratio": 0.5},
         {"patterns": [r"norm|LayerNorm|ln_"]},
         {"freeze_embeddings": True},
     ),
@@ -59,6 +61,10 @@ def new_method(kind: str, section: dict[str, Any]) -> Method[Any]:
 def attached(kind: str, section: dict[str, Any], model: nn.Module) -> tuple[Method[Any], nn.Module]:
     method = new_method(kind, section)
     return method, method.attach(model)
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -108,7 +114,7 @@ def test_refused(kind: str, name: str, build: Build) -> None:
 @every_case
 def test_learns_what_it_says_and_nothing_else(case: Any) -> None:
     _, model, inputs, _, _ = case
-    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    trainable = trained_names(model)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     assert trainable
     moved = train(model, inputs)
@@ -118,6 +124,27 @@ def test_learns_what_it_says_and_nothing_else(case: Any) -> None:
     assert {n for n in still if "key.bias" not in n and "k_lin.bias" not in n} == set()
     for name, value in frozen.items():
         assert torch.equal(value, model.get_parameter(name)), name
+
+
+@every_case
+def test_every_stage_trains_more_than_the_one_before(case: Any) -> None:
+    method, model, inputs, _, _ = case
+    everything = trained_names(model)
+    state = method.training_state(model)
+    starts = method.stage_starts(1000)
+    assert starts[0] == 0
+    assert all(one < other for one, other in pairwise((*starts, 1000)))
+    before: set[str] = set()
+    for stage in range(len(starts)):
+        method.enter_stage(model, stage)
+        trains = trained_names(model)
+        assert before <= trains
+        assert trains
+        # What is held back is kept in checkpoints and adapters all the same.
+        assert method.training_state(model).keys() == state.keys()
+        assert train(model, inputs) <= trains
+        before = trains
+    assert trains == everything
 
 
 @every_case

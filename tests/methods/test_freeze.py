@@ -116,6 +116,9 @@ def test_every_wrong_pattern_is_named_at_once(build: Build) -> None:
         ({"blocks": []}, "is empty"),
         ({"patterns": []}, "at least 1 item"),
         ({"patterns": ["("]}, "is not a regular expression"),
+        ({"top": 0, "unfreeze_ratio": 0.5}, "unfreeze_ratio needs top: k"),
+        ({"bottom": 2, "unfreeze_ratio": 0.5}, "unfreeze_ratio needs top: k"),
+        ({"top": 2, "unfreeze_ratio": 1.0}, "less than 1"),
     ],
 )
 def test_section_is_checked(section: dict[str, Any], message: str) -> None:
@@ -144,3 +147,46 @@ def test_a_pattern_that_reaches_some_blocks_is_reported(build: Build) -> None:
     method = freeze(patterns=["relative_attention_bias"])
     method.attach(build("t5"))
     assert method.notes == ["pattern 'relative_attention_bias' matches in 2 of 6 blocks."]
+
+
+STAGED = {"top": 2, "unfreeze_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("section", "model", "stages"),
+    [
+        ({}, "bert", [{"top": 0}, {"top": 1}, {"top": 2}]),
+        ({"after_blocks": True}, "bert", [{"top": 0}, {"top": 1}, {"top": 2}]),
+        # Where there is no head to train, the topmost block does from the start.
+        ({}, "llama-lm", [{"top": 1}, {"top": 1}, {"top": 2}]),
+        ({"head": False}, "bert", [{"top": 1}, {"top": 1}, {"top": 2}]),
+    ],
+)
+def test_a_stage_trains_what_freezing_fewer_blocks_would(
+    section: dict[str, Any], model: str, stages: list[dict[str, Any]], build: Build
+) -> None:
+    method = freeze(**STAGED, **section)
+    staged = method.attach(build(model))
+    for stage, top in enumerate(stages):
+        method.enter_stage(staged, stage)
+        expected = freeze(**top, **section).attach(build(model))
+        for (name, parameter), other in zip(
+            staged.named_parameters(), expected.parameters(), strict=True
+        ):
+            assert parameter.requires_grad == other.requires_grad, (stage, name)
+
+
+@pytest.mark.parametrize(
+    ("section", "steps", "starts"),
+    [
+        ({"top": 2}, 100, (0,)),
+        ({"top": 2, "unfreeze_ratio": 0.5}, 100, (0, 25, 50)),
+        ({"top": 4, "unfreeze_ratio": 0.67}, 100, (0, 16, 33, 50, 67)),
+        ({"top": 4, "unfreeze_ratio": 0.5}, 3, (0, 0, 0, 1, 1)),
+        ({"top": 1, "unfreeze_ratio": 0.99}, 1, (0, 0)),
+    ],
+)
+def test_when_the_stages_start(
+    section: dict[str, Any], steps: int, starts: tuple[int, ...]
+) -> None:
+    assert freeze(**section).stage_starts(steps) == starts

@@ -19,7 +19,7 @@ SECTIONS = {"optim": OptimConfig, "precision": PrecisionConfig}
 # The tiny models have three blocks; a causal language model has no task head, a Llama no biases.
 REFUSED = {
     ("freeze-top4", "bert"), ("freeze-top4", "llama-lm"), ("head-only", "llama-lm"),
-    ("bitfit", "llama-lm"),
+    ("unfreeze-top4", "bert"), ("unfreeze-top4", "llama-lm"), ("bitfit", "llama-lm"),
 }  # fmt: skip
 
 

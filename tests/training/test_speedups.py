@@ -13,6 +13,7 @@ from peftlab.assemble import Assembly
 from peftlab.errors import IncompatibleError
 from peftlab.training import compilation
 from peftlab.training.compilation import compile_blocks
+from peftlab.training.stages import Stage
 from tests.training.conftest import Losses
 
 Assembled = Callable[..., Assembly]
@@ -36,10 +37,10 @@ def test_updates_in_backward(optim: str, assembled: Assembled, loop_of: Loops) -
     weights = whole.job.method.training_state(whole.model)
     for name, tensor in plain.job.method.training_state(plain.model).items():
         assert torch.equal(tensor, weights[name]), name
-    assert whole.measured.measurement.breakdown.gradients_bytes == 0
+    assert whole.measured[0].measurement.breakdown.gradients_bytes == 0
 
     stopped, _ = loop_of(assembled("full", *settings, EARLY[0], *SAVES))
-    stopped.total_steps = 5
+    stopped.total_steps, stopped.stages = 5, [Stage(0, 0, 5)]
     stopped.fit()
     resumed, rest = loop_of(assembled("full", *settings, EARLY[0], *SAVES))
     resumed.fit(resume=True)
@@ -59,7 +60,7 @@ def test_compiled_blocks_compute_the_same(assembled: Assembled, loop_of: Loops) 
     blocks = [
         module
         for name, module in compiled.model.named_modules()
-        if name.endswith(assembly.anatomy.blocks)
+        if name.endswith(assembly.prepared.anatomy.blocks)
     ]
     assert len(blocks) == 2
     calls: list[int] = []
@@ -69,7 +70,7 @@ def test_compiled_blocks_compute_the_same(assembled: Assembled, loop_of: Loops) 
     compiled.fit()
     torch.testing.assert_close(heard.losses, expected.losses, rtol=0, atol=1e-5)
     assert calls
-    assert compiled.measured is None
+    assert not compiled.measured
 
 
 def _counting(calls: list[int]) -> Callable[..., Any]:
@@ -83,11 +84,11 @@ def _counting(calls: list[int]) -> Callable[..., Any]:
 @imports_the_compiler
 def test_the_frozen_trunk_is_not_compiled(assembled: Assembled) -> None:
     assembly = assembled("freeze-top1", "train.torch_compile=true")
-    compile_blocks(assembly.model, assembly.anatomy, assembly.trunk, CPU)
+    compile_blocks(assembly.model, assembly.prepared.anatomy, assembly.prepared.trunk, CPU)
     compiled = [
         name for name, module in assembly.model.named_modules() if module._compiled_call_impl
     ]
-    assert compiled == [assembly.anatomy.blocks[-1]]
+    assert compiled == [assembly.prepared.anatomy.blocks[-1]]
 
 
 @imports_the_compiler
@@ -100,7 +101,7 @@ def test_without_a_compiler(
     missing = str(tmp_path / "no-such-compiler")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (missing,))
     with pytest.raises(IncompatibleError, match=r"needs a C\+\+ compiler"):
-        compile_blocks(assembly.model, assembly.anatomy, assembly.trunk, CPU)
+        compile_blocks(assembly.model, assembly.prepared.anatomy, assembly.prepared.trunk, CPU)
     assert not any(module._compiled_call_impl for module in assembly.model.modules())
 
 

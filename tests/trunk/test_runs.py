@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from peftlab.assemble import assemble
 from peftlab.errors import ConfigError
 from peftlab.experiment.resolve import resolve
 from peftlab.planning.verb import plan
 from peftlab.results.store import read_predictions, read_record, read_steps
 from peftlab.run import Request, Run, train
+from peftlab.run_trunk import RunTrunk
+from peftlab.sharing import Shared
 from peftlab.trunk.store import find
-from tests.training.conftest import no_dropout, sft_task, task_file  # noqa: F401
+from tests.training.conftest import loop_of, no_dropout, sft_task, task_file  # noqa: F401
 
 RECIPE = """
 summary: LoRA in the topmost block
@@ -193,3 +196,49 @@ def test_a_plan_knows_whether_the_trunk_will_be_kept(task_file: Path) -> None:  
         ).flops_per_step
 
     assert flops("auto") < flops("off") == flops("1KiB")
+
+
+STAGES = ("method.top=1", "method.unfreeze_ratio=0.5")
+
+
+def test_each_stage_replays_its_own_trunk(task_file: Path) -> None:  # noqa: F811
+    # Two epochs in each stage, so that both take all rows.
+    settings = (*STAGES, "train.max_steps=80", "train.eval_strategy=epoch")
+    plain = run(task_file, "unfreeze-top4", "plain", *settings, "train.trunk_cache=off")
+    cached = run(task_file, "unfreeze-top4", "cached", *settings)
+    assert_same(plain, cached)
+    off, on = plain.record.trunk_cache, cached.record.trunk_cache
+    assert (off.note, off.stored_bytes) == ("switched off", 0)
+    assert (on.note, on.filled_from) == ("", "")
+    entries = {entry.description["boundary"]: entry for entry in find()}
+    assert entries.keys() == {"block 1 of 2", "block 2 of 2"}
+    assert (on.key, on.boundary) == (entries["block 1 of 2"].key, "block 1 of 2")
+    # Training and validation rows in both stages, test rows in the last.
+    assert on.computed_rows == 2 * (160 + 24) + 24
+    assert on.rows == 160 + 24 + 24
+    # And each again: 80 steps of 8 rows, four evaluations and the test.
+    # A trunk is verified with two rows.
+    assert on.replayed_rows == 80 * 8 + 4 * 24 + 24 + 2 * 2
+    again = run(task_file, "unfreeze-top4", "again", *settings)
+    assert_same(cached, again)
+    assert again.record.trunk_cache.computed_rows == 0
+
+
+def test_a_stage_starts_from_the_trunk_below(
+    task_file: Path,  # noqa: F811
+    loop_of: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filled = {}
+    for recipe, staged in (("freeze-top1", ()), ("unfreeze-top4", STAGES)):
+        monkeypatch.setenv("PEFTLAB_TRUNK_CACHE", str(task_file.parent / recipe))
+        overrides = (*SETTINGS, *staged, "train.max_steps=80")
+        experiment = resolve(str(task_file), recipe, overrides=overrides).experiment
+        kind = experiment.build_kind()
+        assembly = assemble(experiment, kind, kind.read())
+        loop, _ = loop_of(assembly)
+        with RunTrunk(assembly, loop, Shared()) as trunk:
+            trunk.fill()
+            filled[recipe] = trunk.fill_flops
+    # The last stage's, and of the first's the upper block alone, of which one token is read.
+    assert filled["freeze-top1"] < filled["unfreeze-top4"] < 1.1 * filled["freeze-top1"]
