@@ -16,7 +16,7 @@ from peftlab.sharing import Shared
 from peftlab.training.loop import Loop
 from peftlab.trunk.cache import TrunkCache, fill_batches
 
-_SUMS = ("stored_bytes", "fill_seconds", "replayed_rows", "computed_rows")
+_SUMS = ("stored_bytes", "fill_seconds", "replayed_rows", "computed_rows", "found_rows")
 """Of what the stages' caches say, what is added up."""
 
 
@@ -81,12 +81,16 @@ class RunTrunk:
         known = self._shared.filled.get(stage, set()) if cache.continued else set()
         rows = self._rows(stage)
         unknown = {row: length for row, length in rows.items() if row not in known}
+        cache.found_rows += len(rows) - len(unknown)
         device, parts = accelerator.device.type, accelerator.num_processes
         share = fill_batches(unknown, device, accelerator.process_index, parts)
         counted = FlopsByLength()
         with accelerator.autocast():
             cache.fill(map(self._batch, share), accelerator.wait_for_everyone, counted.of)
         self.fill_flops += counted.flops
+        if cache.key in {self._caches[other].key for other in self._caches if other != stage}:
+            # Two stages with one trunk: what was found is this run's own.
+            cache.found_rows = 0
         self._shared.filled[stage] = known if cache.note else {*known, *rows}
         self._shared.trunks[stage] = cache.open_trunk
 

@@ -229,11 +229,8 @@ def _saving(value: float | None, reference: float | None) -> float | None:
 def _reused(recipe: str, done: Sequence[Cell]) -> str:
     """In how many of its runs another's activations served; empty if in none."""
     runs = [cell for cell in done if cell.recipe == recipe]
-    count = sum(
-        bool(kept.filled_from) or (bool(kept.key) and kept.computed_rows < (cell.train_rows or 0))
-        for cell in runs
-        for kept in (cell.trunk_cache,)
-    )
+    found = [cell.trunk_cache for cell in runs]
+    count = sum(bool(kept.filled_from or kept.found_rows) for kept in found)
     return f"{recipe} ({count} of {len(runs)} runs)" if count else ""
 
 

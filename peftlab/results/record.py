@@ -89,14 +89,18 @@ class Speed(Config):
 class TrunkCache(Config):
     """What became of the frozen trunk's activations.
 
+    Of a training in stages, ``key`` to ``rows`` are those of the lowest trunk that was kept, and
+    bytes, seconds and other rows the sums over the stages.
+
     Args:
         key: the trunk's name in the cache; empty if nothing was kept.
         boundary: up to where they were kept.
-        filled_from: the lower boundary, kept by another run, above which they were computed.
+        filled_from: the lower boundaries, kept by other runs, above which they were computed.
         rows: in the cache at the end, those of other runs included.
         stored_bytes: of these.
         fill_seconds: spent on computing training rows before the first step; in ``train_seconds``.
         replayed_rows: rows that the model did not compute; ``computed_rows`` are those it did.
+        found_rows: training rows that were there before, computed by an earlier run.
         note: why the cache was not used, or what happened to it.
     """
 
@@ -108,6 +112,7 @@ class TrunkCache(Config):
     fill_seconds: float = 0.0
     replayed_rows: int = 0
     computed_rows: int = 0
+    found_rows: int = 0
     note: str = ""
 
 

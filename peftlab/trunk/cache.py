@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftlab.trunk.boundary import Boundary, NoBoundary
 from peftlab.trunk.key import describe, digests, key_of
-from peftlab.trunk.lower import LowerTrunk, find_lower
+from peftlab.trunk.lower import LowerTrunks, find_lower
 from peftlab.trunk.replay import READ, Compute, Form, Inputs, NotReplayableError, Replay
 from peftlab.trunk.rows import Row, as_numpy, gathered, row_keys, storage_of
 from peftlab.trunk.store import Store, budget_bytes, free_bytes, trunk_cache_dir
@@ -66,14 +66,14 @@ class TrunkCache:
         self.open_trunk: OpenTrunk | None = None
         self._before = before
         self.fill_seconds = 0.0
-        self.replayed_rows = self.computed_rows = 0
+        self.replayed_rows = self.computed_rows = self.found_rows = 0
         self._setting, self._half = setting, half
         self._store: Store | None = None
         self._description: dict[str, Any] = {}
         self._budget = 0
         self._storage: np.dtype[Any] = np.dtype(np.float32)
         self._replay: Replay | None = None
-        self._lower: LowerTrunk | None = None
+        self._lower: LowerTrunks | None = None
         if setting == OFF:
             self.note = "switched off"
         elif isinstance(boundary, NoBoundary):
@@ -146,12 +146,13 @@ class TrunkCache:
         return {
             "key": self.key if store else "",
             "boundary": self._description["boundary"] if store else "",
-            "filled_from": self._lower.name if self._lower and self._lower.used else "",
+            "filled_from": ", ".join(self._lower.used if self._lower else ()),
             "rows": len(store) if store else 0,
             "stored_bytes": store.stored_bytes if store else 0,
             "fill_seconds": self.fill_seconds,
             "replayed_rows": self.replayed_rows,
             "computed_rows": self.computed_rows,
+            "found_rows": self.found_rows,
             "note": "; ".join([*filter(None, [self.note]), *(store.notes if store else ())]),
         }
 
@@ -172,11 +173,16 @@ class TrunkCache:
             return
         started = time.perf_counter()
         compute = partial(through, self._replay.compute)
+        learned: set[bytes] = set()
         with _eval_mode(self._replay.boundary.base):
             for batch in batches:
                 inputs = {name: batch[name] for name in READ if name in batch}
-                if (rows := row_keys(inputs)) is not None:
-                    self._learn_rows(inputs, rows, compute)
+                if (rows := row_keys(inputs)) is None:
+                    continue
+                if self._learn_rows(inputs, rows, compute):
+                    learned.update(digest for digest, _ in rows)
+        # What was computed before this was computed to verify: training rows too.
+        self.found_rows += max(0, len(learned) - self.computed_rows)
         self.flush()
         wait()
         if self._store is not None:

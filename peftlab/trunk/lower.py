@@ -12,29 +12,50 @@ from torch import Tensor
 
 from peftlab.trunk.key import describe, key_of
 from peftlab.trunk.replay import Form, Inputs, NotReplayableError, Replay
-from peftlab.trunk.rows import gathered, row_keys, storage_of
+from peftlab.trunk.rows import Row, gathered, row_keys, storage_of
 from peftlab.trunk.store import Store, is_kept, trunk_cache_dir
 
 
+class LowerTrunks:
+    """The trunks kept below a boundary, highest first; one may hold rows that another does not.
+
+    ``used`` names those of which some rows were asked for and known.
+    """
+
+    def __init__(self, trunks: Sequence[LowerTrunk]) -> None:
+        self._trunks = trunks
+        self.used: dict[str, None] = {}
+
+    def values(self, inputs: Inputs) -> tuple[int, Tensor] | None:
+        """See ``replay.Start``."""
+        rows = row_keys(inputs)
+        for trunk in self._trunks if rows is not None else ():
+            if rows is not None and trunk.knows(rows):
+                self.used[trunk.name] = None
+                return trunk.depth, trunk.values(rows, inputs["input_ids"])
+        return None
+
+
 class LowerTrunk:
-    """The rows of a trunk of ``depth`` blocks; ``used`` tells that some were asked for and known.
+    """The rows of a trunk of ``depth`` blocks.
 
     Args:
         description: what its key is made of.
     """
 
     def __init__(self, depth: int, form: Form, description: dict[str, Any]) -> None:
-        self.depth, self.name, self.used = depth, description["boundary"], False
+        self.depth, self.name = depth, str(description["boundary"])
         self._form, self._description = form, description
 
-    def values(self, inputs: Inputs) -> Tensor | None:
-        """See ``replay.Start``."""
-        rows, store = row_keys(inputs), self._store
-        if rows is None or store is None or any(digest not in store for digest, _ in rows):
-            return None
-        self.used = True
-        ids = inputs["input_ids"]
-        return gathered(store, rows, self._form, ids.shape[1], ids.device)
+    def knows(self, rows: Sequence[Row]) -> bool:
+        """Whether it holds them all."""
+        store = self._store
+        return store is not None and all(digest in store for digest, _ in rows)
+
+    def values(self, rows: Sequence[Row], ids: Tensor) -> Tensor:
+        """What its topmost block returns of rows that it knows, (batch, seq, width)."""
+        assert self._store is not None
+        return gathered(self._store, rows, self._form, ids.shape[1], ids.device)
 
     @functools.cached_property
     def _store(self) -> Store | None:
@@ -47,8 +68,8 @@ class LowerTrunk:
 
 def find_lower(
     replay: Replay, storage: np.dtype[Any], device: torch.device, weights: Sequence[str]
-) -> LowerTrunk | None:
-    """The highest one that is kept below a model's boundary, if there is one.
+) -> LowerTrunks | None:
+    """What is kept below a model's boundary, None if nothing is.
 
     Args:
         replay: that has learned its form.
@@ -65,8 +86,9 @@ def find_lower(
         return None
     if storage != storage_of(form, half=False):
         return None
+    found = []
     for depth in range(boundary.depth - 1, 0, -1):
         description = describe(boundary.lowered(depth), form, storage.name, device, weights)
         if is_kept(key_of(description)):
-            return LowerTrunk(depth, form, description)
-    return None
+            found.append(LowerTrunk(depth, form, description))
+    return LowerTrunks(found) if found else None

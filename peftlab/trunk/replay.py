@@ -71,15 +71,13 @@ class Source(Protocol):
 
 
 class Start(Protocol):
-    """Knows the output of a lower block, from which the boundary's values can be computed."""
+    """Knows outputs of lower blocks, from which the boundary's values can be computed."""
 
-    @property
-    def depth(self) -> int:
-        """How many blocks need not run."""
-        ...
+    def values(self, inputs: Inputs) -> tuple[int, Tensor] | None:
+        """How many blocks need not run, and what the topmost of them returns; None if not known.
 
-    def values(self, inputs: Inputs) -> Tensor | None:
-        """What the topmost of them returns, (batch, seq, width); None if not known."""
+        The tensor has the shape (batch, seq, width).
+        """
         ...
 
 
@@ -273,8 +271,7 @@ class Replay:
         assert self.form is not None
         first = 0
         if self.start is not None:
-            self._value = self.start.values(inputs)
-            first = 0 if self._value is None else self.start.depth
+            first, self._value = self.start.values(inputs) or (0, None)
         with torch.no_grad():
             if self.form.place == BLOCK:
                 return self._capture(inputs, range(first, self.boundary.depth))

@@ -139,7 +139,7 @@ def test_notes(make_cell: Any) -> None:
 
 def test_times_without_what_other_runs_computed_are_named(make_cell: Any) -> None:
     alone = TrunkCache(key="a", boundary="blocks[4]", computed_rows=3000, replayed_rows=9000)
-    again = TrunkCache(key="a", boundary="blocks[4]", replayed_rows=9000)
+    again = TrunkCache(key="a", boundary="blocks[4]", replayed_rows=9000, found_rows=2000)
     above = TrunkCache(key="b", boundary="blocks[5]", filled_from="blocks[4]", computed_rows=3000)
     rows = {"train_rows": 2000}
     cells = [

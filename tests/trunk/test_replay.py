@@ -152,6 +152,26 @@ def test_a_trunk_is_computed_from_what_is_kept_below(
     assert (again.usage()["filled_from"], none) == ("", 0)
 
 
+@pytest.mark.parametrize(
+    ("known", "starts"), [(len(LENGTHS), "block 2 of 3"), (1, "block 2 of 3, block 1 of 3")]
+)
+def test_the_highest_start_that_knows_all_rows(known: int, starts: str) -> None:
+    for top, rows in ((2, len(LENGTHS)), (1, known)):
+        case = make("bert", {"kind": "freeze", "top": top})
+        cache = case.cache()
+        with case.opened(cache):
+            cache.fill([{name: tensor[:rows] for name, tensor in case.batch().items()}])
+    case = make("bert", HEAD)
+    cache = case.cache()
+    with case.opened(cache):
+        cache.fill([case.batch()])
+        loss, _ = case.gradients(case.batch())
+    plain = make("bert", HEAD)
+    assert torch.equal(loss, plain.gradients(plain.batch())[0])
+    # The rows that a trunk is verified with are the same for all of them.
+    assert cache.usage()["filled_from"] == starts
+
+
 def test_what_was_rounded_is_no_start_for_others() -> None:
     lower, upper = make("bert", {"kind": "freeze", "top": 2}), make("bert", TOP)
     for case in (lower, upper):

@@ -221,7 +221,20 @@ def test_each_stage_replays_its_own_trunk(task_file: Path) -> None:  # noqa: F81
     assert on.replayed_rows == 80 * 8 + 4 * 24 + 24 + 2 * 2
     again = run(task_file, "unfreeze-top4", "again", *settings)
     assert_same(cached, again)
-    assert again.record.trunk_cache.computed_rows == 0
+    found = again.record.trunk_cache
+    assert (on.found_rows, found.found_rows, found.computed_rows) == (0, 2 * 160, 0)
+
+
+def test_two_stages_with_one_trunk(sft_task: Path) -> None:  # noqa: F811
+    """A language model's head does not train: the first stage trains what the second does."""
+    settings = (*STAGES, "train.max_steps=8")
+    plain = run(sft_task, "unfreeze-top4", "plain", *settings, "train.trunk_cache=off")
+    cached = run(sft_task, "unfreeze-top4", "cached", *settings)
+    assert_same(plain, cached)
+    kept = cached.record.trunk_cache
+    assert (kept.note, kept.found_rows) == ("", 0)
+    assert kept.computed_rows == kept.rows > 0
+    assert len(find()) == 1
 
 
 def test_a_stage_starts_from_the_trunk_below(
