@@ -63,6 +63,7 @@ class RunTrunk:
         if stage == self._entered:
             return
         self._open.close()
+        self._entered = None
         if stage not in self._caches:
             train = self._assembly.experiment.train
             self._caches[stage] = TrunkCache(
