@@ -24,6 +24,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -95,7 +96,7 @@ def operations(recipe: str, options: argparse.Namespace) -> dict[str, float]:
         with record_function(MARK) if counts else contextlib.nullcontext():
             advance(loop, measure)
 
-    def watched(loop: Loop, *arguments: bool) -> object:
+    def watched(loop: Loop, *arguments: Any) -> object:
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             result = fit(loop, *arguments)
         events = sorted(profiler.events(), key=lambda event: event.time_range.start)

@@ -250,6 +250,11 @@ class Execution:
             measured_batch=measured.batch,
         )
         self.speed["flops_per_step"] = measurement.flops
+        device = loop.accelerator.device
+        if self.shared.runs == 0 and device.type == "cpu":
+            # Beside a model that fills a GPU there may be no room for it.
+            peak = matmul_flops_per_second(device, self.experiment.precision, again=True)
+            self.speed["matmul_flops_per_second"] = peak
         flops = train_flops(
             loop.measured, loop.stages, loop.schedule, progress.step, progress.padded_tokens
         )
@@ -262,11 +267,6 @@ class Execution:
             f"counted in step {steps}, scaled to the run by padded tokens"
             + ", and the frozen trunk's once" * bool(trunk.fill_flops)
         )
-        device = loop.accelerator.device
-        if self.shared.runs == 0 and device.type == "cpu":
-            # Beside a model that fills a GPU there may be no room for it.
-            peak = matmul_flops_per_second(device, self.experiment.precision, again=True)
-            self.speed["matmul_flops_per_second"] = peak
         self.speed["model_flops_utilisation"] = model_flops_utilisation(
             self.speed["train_flops"],
             self.speed["train_seconds"],

@@ -29,7 +29,12 @@ class RunTrunk:
 
     def __init__(self, assembly: Assembly, loop: Loop, shared: Shared) -> None:
         self._assembly, self._loop, self._shared = assembly, loop, shared
-        self._stages = {stage.number: stage for stage in loop.stages}
+        self._lengths = {
+            stage.number: {
+                row: loop.lengths[row] for row in loop.schedule.trained_rows(stage.steps)
+            }
+            for stage in loop.stages
+        }
         self._caches: dict[int, TrunkCache] = {}
         self._open = ExitStack()
         self._entered: int | None = None
@@ -73,14 +78,14 @@ class RunTrunk:
                 before=self._shared.trunks.get(stage),
             )
         others = len(self._loop.job.validation) + len(self._assembly.splits.test)
-        opened = self._caches[stage].opened(self._loss, list(self._rows(stage).values()), others)
+        opened = self._caches[stage].opened(self._loss, list(self._lengths[stage].values()), others)
         self._open.enter_context(opened)
         self._entered = stage
 
     def _fill(self, stage: int) -> None:
         cache, accelerator = self._caches[stage], self._loop.accelerator
         known = self._shared.filled.get(stage, set()) if cache.continued else set()
-        rows = self._rows(stage)
+        rows = self._lengths[stage]
         unknown = {row: length for row, length in rows.items() if row not in known}
         cache.found_rows += len(rows) - len(unknown)
         device, parts = accelerator.device.type, accelerator.num_processes
@@ -94,11 +99,6 @@ class RunTrunk:
             cache.found_rows = 0
         self._shared.filled[stage] = known if cache.note else {*known, *rows}
         self._shared.trunks[stage] = cache.open_trunk
-
-    def _rows(self, stage: int) -> dict[int, int]:
-        """The training rows that the stage will take, and their tokens."""
-        rows = self._loop.schedule.trained_rows(self._stages[stage].steps)
-        return {row: self._loop.lengths[row] for row in rows}
 
     def usage(self) -> dict[str, Any]:
         """What a record says: of the lowest trunk that is kept, and what all stages did."""

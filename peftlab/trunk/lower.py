@@ -28,9 +28,10 @@ class LowerTrunks:
 
     def values(self, inputs: Inputs) -> tuple[int, Tensor] | None:
         """See ``replay.Start``."""
-        rows = row_keys(inputs)
-        for trunk in self._trunks if rows is not None else ():
-            if rows is not None and trunk.knows(rows):
+        if (rows := row_keys(inputs)) is None:
+            return None
+        for trunk in self._trunks:
+            if trunk.knows(rows):
                 self.used[trunk.name] = None
                 return trunk.depth, trunk.values(rows, inputs["input_ids"])
         return None
