@@ -51,6 +51,7 @@ _OWN: dict[str, Callable[..., int]] = {
     "aten::mm": _product,
     "aten::bmm": _product,
     "aten::addmm": _sum_and_product,
+    "aten::baddbmm": _sum_and_product,
     "bitsandbytes::int8_linear_matmul": _int8,
     "bitsandbytes::int8_scaled_mm": _int8,
     "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed,
@@ -60,7 +61,8 @@ _OWN: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }
 """What torch has no formula for: quantised weights, and the attention kernel of the CPU. The
-commonest products are here because torch's formulas take ten times as long to call."""
+commonest products are here because torch's formulas take ten times as long to call. An operation
+in place, for which torch has none either, counts as the other."""
 
 
 @cache
@@ -71,7 +73,7 @@ def flop_formula(func: Any) -> Callable[..., int] | None:
     """
     packet = func._overloadpacket
     formula: Callable[..., int] | None = flop_registry.get(packet)
-    return _OWN.get(packet._qualified_op_name, formula)
+    return _OWN.get(packet._qualified_op_name.removesuffix("_"), formula)
 
 
 class count_flops(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -170,6 +170,17 @@ def test_attention_kernel_counts_like_its_products() -> None:
     assert kernel.flops == products.flops == 2 * (2 * 2 * 4 * 8 * 8 * 16)
 
 
+@pytest.mark.parametrize("product", ["mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"])
+def test_a_product_counts_wherever_its_result_goes(product: str) -> None:
+    batch = (3,) if "b" in product else ()
+    into, left, right = (torch.randn(*batch, *shape) for shape in ((4, 5), (4, 6), (6, 5)))
+    with count_flops() as counted:
+        getattr(into if "add" in product else left, product)(
+            *(left, right) if "add" in product else (right,)
+        )
+    assert counted.flops == 2 * 4 * 5 * 6 * (3 if batch else 1)
+
+
 @torch.no_grad()
 def test_few_batches_tell_the_operations_of_all() -> None:
     model, few, expected = tiny_model(), FlopsByLength(), 0

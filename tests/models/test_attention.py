@@ -13,7 +13,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
+from peftlab.memory.flops import count_flops
 from peftlab.models import attention as module
 from peftlab.models.attention import attention, draw_attention_dropout_fast
 from peftlab.models.tiny import tiny_config
@@ -216,6 +218,15 @@ def test_keeps_a_byte_for_a_probability() -> None:
     probabilities = BATCH * HEADS * QUERIES * KEYS
     assert sum(storages.values()) == 5 * probabilities + sum(t.nbytes for t in inputs)
     assert out.requires_grad
+
+
+def test_counts_as_torch_s_products() -> None:
+    inputs, mask = tensors(), padding(BATCH, 1, 1, KEYS)
+    with FlopCounterMode(display=False) as torchs:
+        gradients(oracle(*inputs, attn_mask=mask, kept=torch.ones(1)), inputs)
+    with count_flops() as ours:
+        gradients(attention(*inputs, attn_mask=mask, dropout_p=P), inputs)
+    assert ours.flops == torchs.get_total_flops() == 6 * 2 * BATCH * HEADS * QUERIES * KEYS * WIDTH
 
 
 def tiny(architecture: str, **settings: Any) -> Any:
