@@ -1,8 +1,8 @@
 """Activations on disk: one folder a trunk, in it immutable segments. No torch here.
 
 A segment is one safetensors file: ``digests`` (rows, 16) name the rows, ``lengths`` (rows,) count
-their vectors, ``values`` (vectors, width) hold these one row after the other. It is written in a
-temporary folder, flushed and renamed, so that a name stands for a whole file; it is never changed
+their vectors, ``values`` (vectors, width) hold these one row after the other. It is written under
+a temporary name, flushed and renamed, so that a name stands for a whole file; it is never changed
 afterwards, so that any number of processes may read and add at the same time. Two that add the same
 row waste space and nothing else.
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,16 @@ FLUSH_BYTES = 64 * MIB
 """New rows are kept in memory up to here, so that segments are few."""
 AUTO_BYTES, AUTO_DISK_SHARE = 10 * GIB, 5
 _STALE_SECONDS = 24 * 3600
-_HASH_BYTES = 2**24
+_DTYPES = {
+    name: np.dtype(code)
+    for name, code in {"U8": "u1", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U16": "<u2"}.items()
+}
+"""As safetensors calls them."""
 
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
+Content = Mapping[str, Sequence[Array]]
+"""A segment's tensors by name, each in parts, which follow each other in the file."""
 
 
 class DamagedSegmentError(ValueError):
@@ -175,28 +182,27 @@ def write_segment(folder: Path, rows: Mapping[bytes, Array]) -> Path:
     Raises:
         OSError: nothing is left behind.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    content: dict[str, Array] = {
-        "digests": np.frombuffer(b"".join(rows), np.uint8).reshape(-1, DIGEST_BYTES),
-        "lengths": np.array([len(values) for values in rows.values()], np.int64),
-        "values": np.concatenate(list(rows.values())),
+    content: Content = {
+        "digests": [np.frombuffer(b"".join(rows), np.uint8).reshape(-1, DIGEST_BYTES)],
+        "lengths": [np.array([len(values) for values in rows.values()], np.int64)],
+        # One after the other: safetensors' own writer wants them in one array, which would be
+        # memory for all of them once more, new to the process and so slower than the disk.
+        "values": list(rows.values()),
     }
-    metadata = {"checksum": _checksum(content)}
+    name = secrets.token_hex(8)
     prefix = f"{TEMPORARY_PREFIX}{socket.gethostname()}.{os.getpid()}."
-    # A folder, since safetensors writes to a random name in it first, which a kill leaves behind.
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as temporary:
-        # Random, as the folder's name is: no two processes write under one name.
-        path = folder / f"{temporary.rpartition('.')[2]}.safetensors"
-        written = Path(temporary, path.name)
-        try:
-            # From the arrays as they are: as bytes they would be in memory twice more.
-            save_file(content, written, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        sync_file(written)
-        written.rename(path)
+    path, temporary = folder / f"{name}.safetensors", folder / f"{prefix}{name}"
+    try:
+        # Rows one by one would lie in the system's cache in pieces, which are mapped more slowly.
+        with temporary.open("xb", buffering=MIB) as file:
+            file.write(_header(content))
+            for array in chain.from_iterable(content.values()):
+                file.write(array.data)
+        sync_file(temporary)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(folder)
     return path
 
@@ -212,7 +218,7 @@ def read_segment(path: Path) -> dict[bytes, Array]:
         # A plain array on it: views of numpy's own subclass cost Python calls in every batch.
         mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
         metadata, content = _parse(mapped)
-        if metadata["checksum"] != _checksum(content):
+        if metadata["checksum"] != _checksum({name: [each] for name, each in content.items()}):
             raise DamagedSegmentError(f"{path.name}: wrong checksum")
         digests, lengths, values = (content[name] for name in ("digests", "lengths", "values"))
         ends = np.cumsum(lengths).tolist()
@@ -232,30 +238,46 @@ def read_segment(path: Path) -> dict[bytes, Array]:
         raise DamagedSegmentError(f"{path.name}: {error}") from error
 
 
-def _parse(mapped: Array) -> tuple[dict[str, str], dict[str, Array]]:
+def _header(content: Content) -> bytes:
     """safetensors' format: 8 bytes for the header's length, the header in JSON, the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"checksum": _checksum(content)}}
+    end = 0
+    for name, arrays in content.items():
+        start, end = end, end + sum(array.nbytes for array in arrays)
+        dtype = next(each for each, own in _DTYPES.items() if own == arrays[0].dtype)
+        header[name] = {"dtype": dtype, "shape": _shape(arrays), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parse(mapped: Array) -> tuple[dict[str, str], dict[str, Array]]:
+    """The metadata and the tensors of such a file."""
     size = int.from_bytes(mapped[:8].tobytes(), "little")
     header = json.loads(mapped[8 : 8 + size].tobytes())
     metadata = header.pop("__metadata__")
     content: dict[str, Array] = {}
     for name, about in header.items():
         start, end = (8 + size + offset for offset in about["data_offsets"])
-        dtype = {"U8": "u1", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U16": "<u2"}[about["dtype"]]
-        content[name] = mapped[start:end].view(dtype).reshape(about["shape"])
+        content[name] = mapped[start:end].view(_DTYPES[about["dtype"]]).reshape(about["shape"])
     return metadata, content
 
 
-def _checksum(content: Mapping[str, Array]) -> str:
+def _checksum(content: Content) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
     for name in ("digests", "lengths", "values"):
-        array = content[name]
-        digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        for start in range(0, len(flat), _HASH_BYTES):
-            digest.update(flat[start : start + _HASH_BYTES].data)
+        arrays = content[name]
+        digest.update(f"{name}{arrays[0].dtype.str}{_shape(arrays)}".encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _shape(arrays: Sequence[Array]) -> tuple[int, ...]:
+    """Of all together, one after the other."""
+    return (sum(map(len, arrays)), *arrays[0].shape[1:])
 
 
 def _remove_stale(folder: Path) -> None:
@@ -270,7 +292,7 @@ def _remove_stale(folder: Path) -> None:
             continue
         dead = host == socket.gethostname() and rest.isdigit() and not psutil.pid_exists(int(rest))
         if dead or old:
-            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
 
 def trunk_cache_dir() -> Path:

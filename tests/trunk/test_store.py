@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from peftlab.errors import UnknownNameError
 from peftlab.trunk import store as module
@@ -66,6 +67,18 @@ def test_what_was_written_is_read(trunk_folder: Path, dtype: Any) -> None:
         assert np.array_equal(read[key], values)
     assert not read.notes
     assert read.stored_bytes == sum(p.stat().st_size for p in (trunk_folder / "k").glob("*.safe*"))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
+def test_a_segment_is_a_safetensors_file(trunk_folder: Path, dtype: Any) -> None:
+    filled(trunk_folder / "k", dtype=dtype)
+    (path,) = (trunk_folder / "k").glob("*.safetensors")
+    read = load_file(path)
+    values = rows(range(5), dtype)
+    assert read["digests"].tobytes() == b"".join(values)
+    assert read["lengths"].tolist() == [1, 2, 3, 4, 5]
+    assert read["values"].dtype == dtype
+    assert np.array_equal(read["values"], np.concatenate(list(values.values())))
 
 
 def test_rows_can_be_read_before_they_are_written(trunk_folder: Path) -> None:
@@ -140,8 +153,7 @@ def test_who_still_writes_is_left_alone(trunk_folder: Path) -> None:
     others = folder / ".tmp-elsewhere.1.abc"
     old = folder / ".tmp-elsewhere.2.abc"
     for path in (mine, others, old):
-        path.mkdir()
-        (path / "part.safetensors").write_bytes(b"x")
+        path.write_bytes(b"x")
     os.utime(old, (0, 0))
     Store(folder, ABOUT)
     assert (mine.exists(), others.exists(), old.exists()) == (True, True, False)
@@ -192,7 +204,7 @@ def test_a_full_disk(trunk_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not list((trunk_folder / "k").glob(".tmp-*"))
 
 
-def test_a_disk_that_is_full_while_safetensors_writes(trunk_folder: Path) -> None:
+def test_a_disk_that_is_full_while_rows_are_written(trunk_folder: Path) -> None:
     resource = pytest.importorskip("resource")
     opened = filled(trunk_folder / "k")
     opened.add(digest(9), np.ones((1000, 4), np.float32))
