@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,9 +78,38 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     ],
 )
 def test_importing_loads_no_torch(code: str) -> None:
+    assert loaded_by(code) == []
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "train('movie-sentiment', 'lroa')",
+        "compare('movie-sentiment', ['lora', 'lroa'])",
+        "plan('movie-sentiment', 'lroa')",
+        "plan_shape('lroa', 'minilm', task_kind='classification', batch_size=1, seq_len=1)",
+        "predict('movie-sentiment/lroa', [{}])",
+        "export('movie-sentiment/lroa', to='elsewhere')",
+    ],
+)
+def test_a_mistyped_name_is_told_before_torch_is_loaded(mistake: str, tmp_path: Path) -> None:
+    code = f"""
+import os, peftlab
+os.chdir({str(tmp_path)!r})
+try:
+    peftlab.{mistake}
+except peftlab.UserError:
+    pass
+else:
+    raise SystemExit("nothing was raised")
+"""
+    assert loaded_by(code) == []
+
+
+def loaded_by(code: str) -> list[str]:
     heavy = ("torch", "peft", "transformers", "accelerate", "datasets")
     check = f"import sys; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == []
+    return done.stdout.split()

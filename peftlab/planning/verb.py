@@ -41,12 +41,13 @@ def plan(
     Raises:
         UserError: the request is wrong, or the method cannot be planned.
     """
-    from peftlab.assemble import check_model
-    from peftlab.planning.experiment import plan_experiment
-
     experiment = resolve(task, recipe, model=model, overrides=overrides).experiment
     kind = experiment.build_kind()
     splits = kind.read()
+    # Importing torch takes seconds: only after all that can be checked without it.
+    from peftlab.assemble import check_model
+    from peftlab.planning.experiment import plan_experiment
+
     # What a run would refuse.
     check_model(experiment, kind, splits)
     return plan_experiment(
@@ -80,14 +81,14 @@ def plan_shape(
     Raises:
         UserError: the request is wrong, or the method cannot be planned.
     """
-    from peftlab.planning.average import lengths_of
-    from peftlab.planning.experiment import plan_lengths, plan_request, request_of
-
     micro = f"train.per_device_train_batch_size={batch_size}"
     experiment = resolve_shape(task_kind, model, recipe, [*overrides, micro]).experiment
     labels = tuple(str(label) for label in range(num_labels))
     splits = Splits(train=(), validation=(), test=(), labels=labels)
     kind = experiment.build_kind()
+    from peftlab.planning.average import lengths_of
+    from peftlab.planning.experiment import plan_lengths, plan_request, request_of
+
     if isinstance(seq_len, Mapping):
         lengths = lengths_of(seq_len)
         return plan_lengths(
