@@ -37,6 +37,10 @@ def _four_bit(a: Any, b: Any, shape: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * int(prod(a.shape)) * int(shape[0])
 
 
+def _scores(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(prod(query.shape)) * int(key.shape[-2])
+
+
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     count = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
     return int(count)
@@ -57,10 +61,11 @@ _OWN: dict[str, Callable[..., int]] = {
     "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed,
     "bitsandbytes::gemm_4bit": _four_bit,
     "bitsandbytes::gemv_4bit": _four_bit,
+    "peftlab::attention_scores": _scores,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }
-"""What torch has no formula for: quantised weights, and the attention kernel of the CPU. The
+"""What torch has no formula for: quantised weights, attention on the CPU. The
 commonest products are here because torch's formulas take ten times as long to call. An operation
 in place, for which torch has none either, counts as the other."""
 

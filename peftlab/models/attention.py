@@ -21,6 +21,16 @@ _sdpa: Any = nn.functional.scaled_dot_product_attention
 _HALF = (torch.float16, torch.bfloat16)
 _MARK = "_peftlab_draws_fast"
 
+# An operation, so that what computes it again later sees it as one.
+_library = torch.library.Library("peftlab", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "attention_scores(Tensor query, Tensor key, Tensor? bias, float scale, int heads) -> Tensor"
+)
+SCORES: Any = torch.ops.peftlab.attention_scores.default
+"""s Q Kᵀ + bias, with Q (rows · heads, queries, dim), K (rows · heads, keys, dim) and a bias
+broadcastable to the result, (rows, heads, queries, keys), which does not learn. One pass over the
+result fewer than of a product and a sum, and none over the queries for the scale."""
+
 
 def draw_attention_dropout_fast(model: nn.Module) -> None:
     """Let a transformers model drop attention probabilities as ``Dropout`` drops elements.
@@ -131,22 +141,20 @@ def _attention(
         key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
     if is_causal:
         mask = query.new_ones(queries, keys, dtype=torch.bool).tril()
-    scores = torch.bmm(
-        query.flatten(0, 1) * (head_dim**-0.5 if scale is None else scale),
-        key.flatten(0, 1).transpose(1, 2),
-    ).view(batch, heads, queries, keys)
     allowed = mask if mask is not None and mask.dtype is torch.bool else None
     if allowed is not None:
         # Not -∞: of a query that sees nothing the kept probabilities are zero, not undefined.
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores + torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(
-            allowed.logical_not(), lowest
+        mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(
+            allowed.logical_not(), torch.finfo(query.dtype).min
         )
-        probabilities = torch.softmax(scores, -1)
-    elif mask is not None:
-        probabilities = torch._safe_softmax(scores + mask, -1)
-    else:
-        probabilities = torch.softmax(scores, -1)
+    # The operation has no gradient of its third argument.
+    learned, bias = (mask, None) if mask is not None and mask.requires_grad else (None, mask)
+    scale = head_dim**-0.5 if scale is None else scale
+    scores: Tensor = SCORES(query.flatten(0, 1), key.flatten(0, 1), bias, scale, heads)
+    if learned is not None:
+        scores = scores + learned
+    softmax = torch.softmax if mask is None or allowed is not None else torch._safe_softmax
+    probabilities = softmax(scores, -1)
     del scores
     kept = draw_kept(query, (batch, heads, queries, keys), probability, allowed)
     product: Any = _KeptProduct.apply(  # type: ignore[no-untyped-call]
@@ -154,6 +162,48 @@ def _attention(
     )
     out: Tensor = product.view(batch, heads, queries, -1).to(dtype)
     return out
+
+
+def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, heads: int) -> Tensor:
+    out = _scaled_product(query, key.transpose(1, 2), scale)
+    out = out.view(-1, heads, *out.shape[1:])
+    return out if bias is None else out.add_(bias)
+
+
+def _no_scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, heads: int) -> Tensor:
+    rows = query.shape[0] // heads
+    return query.new_empty(rows, heads, query.shape[1], key.shape[1])
+
+
+class _Scores(torch.autograd.Function):
+    """Gradients, with g for the result's: Q: s g K; K: s gᵀ Q."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, heads: int
+    ) -> Tensor:
+        learns_query, learns_key, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(query if learns_key else None, key if learns_query else None)
+        ctx.scale = scale
+        with torch._C._AutoDispatchBelowAutograd():
+            scores: Tensor = SCORES(query, key, bias, scale, heads)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key = ctx.saved_tensors
+        grad = grad.flatten(0, 1)
+        grad_query = grad_key = None
+        if ctx.needs_input_grad[0]:
+            grad_query = _scaled_product(grad, key, ctx.scale)
+        if ctx.needs_input_grad[1]:
+            grad_key = _scaled_product(grad.transpose(1, 2), query, ctx.scale)
+        return grad_query, grad_key, None, None, None
+
+
+_library.impl("attention_scores", _scores, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("attention_scores", _no_scores, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("attention_scores", _Scores.apply, "Autograd")  # type: ignore[no-untyped-call]
 
 
 class _KeptProduct(torch.autograd.Function):
@@ -166,7 +216,10 @@ class _KeptProduct(torch.autograd.Function):
     def forward(
         ctx: Any, probabilities: Tensor, value: Tensor, kept: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(probabilities, value, kept)
+        learns_probabilities, learns_value, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            probabilities if learns_value else None, value if learns_probabilities else None, kept
+        )
         ctx.scale = scale
         return _scaled_product(kept.to(probabilities.dtype).mul_(probabilities), value, scale)
 
@@ -174,7 +227,7 @@ class _KeptProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         probabilities, value, kept = ctx.saved_tensors
         # Once for both: the cast costs as much as the product.
-        kept = kept.to(probabilities.dtype)
+        kept = kept.to(grad.dtype)
         grad_probabilities = grad_value = None
         if ctx.needs_input_grad[0]:
             grad_probabilities = _scaled_product(grad, value.transpose(1, 2), ctx.scale).mul_(kept)

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftlab.anatomy import Anatomy
+from peftlab.models.attention import SCORES
 from peftlab.models.bits import pack_bits, unpack_bits
 from peftlab.models.dropout import DRAW_KEPT
 from peftlab.training.modes import trunk_candidates
@@ -39,7 +40,7 @@ _CHEAP = {
     )
     for op in (getattr(packet, name) for name in packet.overloads())
     if not op._schema.is_mutable and ".out" not in str(op)
-}  # fmt: skip
+} | {SCORES: None}  # fmt: skip
 """Operations whose result is the same when they run again, at next to no cost.
 
 A batched product is attention's: an element of its scores costs as many multiplications as a head
@@ -48,11 +49,12 @@ is wide, an element of a linear layer as many as the model is.
 _CHEAP_CALLS = {
     Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.neg, Tensor.pow, Tensor.to, Tensor.float,
     torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.pow, torch.bmm,
-    functional.gelu, functional.layer_norm,
+    functional.gelu, functional.layer_norm, SCORES,
 }  # fmt: skip
 """Calls that are one of these operations each, and do not themselves keep what they return."""
-_PRODUCTS = {torch.bmm, _aten.bmm.default}
-"""Made again where the result is as large as the factors together; of short rows it is smaller."""
+_PRODUCTS = {torch.bmm, _aten.bmm.default, SCORES}
+"""Of the first two arguments. Made again where the result is as large as these together; of short
+rows it is smaller."""
 _CHANGING_CALLS = {Tensor.add_, Tensor.mul_, Tensor.addmm_, Tensor.baddbmm_, DRAW_KEPT}
 """The most frequent calls that change what they are given: what was known of it holds no more."""
 _OTHER_CALLS = {
@@ -280,7 +282,7 @@ def _again(root: Tensor) -> _Again | None:
         roots = {id(_root(arg)): _root(arg) for arg in given if isinstance(arg, Tensor)}
         missing = [one for one in roots.values() if not _is_kept(one) and _again(one) is None]
         unchanged = versions == _versions(root, *given)
-        worth = func not in _PRODUCTS or sum(map(_nbytes, roots.values())) <= _nbytes(root)
+        worth = func not in _PRODUCTS or sum(map(_nbytes, map(_root, given[:2]))) <= _nbytes(root)
         if unchanged and worth and sum(map(_nbytes, missing)) < _nbytes(root):
             for one in missing:
                 _origin(one).kept = True

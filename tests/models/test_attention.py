@@ -204,8 +204,11 @@ def test_drops_as_often(drawn: list[Tensor]) -> None:
     assert abs(float(out.mean()) - 1) < 0.01
 
 
-def test_keeps_a_byte_for_a_probability() -> None:
-    inputs = tensors()
+@pytest.mark.parametrize("learns", ["query", "key", "value", "query key value"])
+def test_keeps_a_byte_for_a_probability_and_what_gradients_need(learns: str) -> None:
+    inputs = dict(zip(("query", "key", "value"), tensors(), strict=True))
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in learns)
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -214,9 +217,11 @@ def test_keeps_a_byte_for_a_probability() -> None:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = attention(*inputs, dropout_p=P)
+        out = attention(**inputs, dropout_p=P)
+    needed = {"query": {"key", "value"}, "key": {"query", "value"}, "value": set[str]()}
+    named = set().union(*(needed[name] for name in learns.split()))
     probabilities = BATCH * HEADS * QUERIES * KEYS
-    assert sum(storages.values()) == 5 * probabilities + sum(t.nbytes for t in inputs)
+    assert sum(storages.values()) == 5 * probabilities + sum(inputs[n].nbytes for n in named)
     assert out.requires_grad
 
 
