@@ -88,7 +88,8 @@ class CellRunner:
             if self._finished(experiment) is None:
                 waiting.append(experiment)
         if waiting and not problems:
-            for experiment, answer in zip(waiting, self._ask(_check, waiting), strict=True):
+            answers = self._ask(_check, [(each, self._read(each)) for each in waiting])
+            for experiment, answer in zip(waiting, answers, strict=True):
                 if isinstance(answer, int):
                     kept[experiment.recipe] = answer
                 else:
@@ -105,7 +106,8 @@ class CellRunner:
         Raises:
             UserError: not even one example fits, or an experiment cannot be planned.
         """
-        answer = self._ask(_fit_batch_sizes, list(experiments), memory_bytes)
+        asked = [(each, self._read(each)) for each in experiments]
+        answer = self._ask(_fit_batch_sizes, asked, memory_bytes)
         if problems := [each for each in answer if isinstance(each, Problem)]:
             raise UserError(dict.fromkeys(problems))
         fitted: list[Experiment] = answer
@@ -340,15 +342,14 @@ def _may_stay(shared: Shared) -> bool:
     return 0 < held <= psutil.virtual_memory().available * _HELD_SHARE
 
 
-def _check(experiments: list[Experiment], sender: object) -> None:
+def _check(experiments: list[tuple[Experiment, Splits]], sender: object) -> None:
     """Send each experiment's problems, or how many blocks' output it may keep for others."""
     from peftlab.assemble import check_model, kept_blocks
 
     answers: list[int | Sequence[Problem]] = []
-    for experiment in experiments:
+    for experiment, splits in experiments:
         kind = experiment.build_kind()
         try:
-            splits = kind.read()
             check_model(experiment, kind, splits)
             answers.append(kept_blocks(experiment, kind, splits))
         except UserError as error:
@@ -359,7 +360,7 @@ def _check(experiments: list[Experiment], sender: object) -> None:
 
 
 def _fit_batch_sizes(
-    experiments: list[Experiment], memory_bytes: int | None, sender: object
+    experiments: list[tuple[Experiment, Splits]], memory_bytes: int | None, sender: object
 ) -> None:
     """Send the experiments with micro-batches that fit, or else the problems."""
     from peftlab.planning.batch_size import fit_batch_size, with_micro_batch
@@ -367,10 +368,9 @@ def _fit_batch_sizes(
     problems: list[Problem] = []
     smallest: dict[str, int] = {}
     try:
-        for experiment in experiments:
-            kind = experiment.build_kind()
+        for experiment, splits in experiments:
             try:
-                fitted = fit_batch_size(experiment, kind, kind.read(), memory_bytes)
+                fitted = fit_batch_size(experiment, experiment.build_kind(), splits, memory_bytes)
             except UserError as error:
                 problems += error.problems
                 continue
@@ -380,6 +380,6 @@ def _fit_batch_sizes(
     except KeyboardInterrupt:
         sys.exit(130)
     answer: list[Any] = problems or [
-        with_micro_batch(each, smallest[each.recipe]) for each in experiments
+        with_micro_batch(each, smallest[each.recipe]) for each, _ in experiments
     ]
     sender.send(answer)  # type: ignore[attr-defined]
