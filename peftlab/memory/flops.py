@@ -65,9 +65,9 @@ _OWN: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }
-"""What torch has no formula for: quantised weights, attention on the CPU. The
-commonest products are here because torch's formulas take ten times as long to call. An operation
-in place, for which torch has none either, counts as the other."""
+"""What torch has no formula for: quantised weights, attention on the CPU. The commonest products
+are here because torch's formulas take ten times as long to call. An operation in place, for which
+torch has none either, counts as the one it is named after."""
 
 
 @cache

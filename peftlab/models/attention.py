@@ -180,12 +180,19 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, heads: int
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        heads: int,
+        learns: bool,
     ) -> Tensor:
         learns_query, learns_key, *_ = ctx.needs_input_grad
         ctx.save_for_backward(query if learns_key else None, key if learns_query else None)
         ctx.scale = scale
-        with torch._C._AutoDispatchBelowAutograd():
+        # For what watches operations, in the mode that torch's own would have.
+        with torch.set_grad_enabled(learns), torch._C._AutoDispatchBelowAutograd():
             scores: Tensor = SCORES(query, key, bias, scale, heads)
         return scores
 
@@ -198,12 +205,17 @@ class _Scores(torch.autograd.Function):
             grad_query = _scaled_product(grad, key, ctx.scale)
         if ctx.needs_input_grad[1]:
             grad_key = _scaled_product(grad.transpose(1, 2), query, ctx.scale)
-        return grad_query, grad_key, None, None, None
+        return grad_query, grad_key, None, None, None, None
+
+
+def _learned_scores(*arguments: Any) -> Tensor:
+    scores: Tensor = _Scores.apply(*arguments, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return scores
 
 
 _library.impl("attention_scores", _scores, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("attention_scores", _no_scores, "Meta")  # type: ignore[no-untyped-call]
-_library.impl("attention_scores", _Scores.apply, "Autograd")  # type: ignore[no-untyped-call]
+_library.impl("attention_scores", _learned_scores, "Autograd")  # type: ignore[no-untyped-call]
 
 
 class _KeptProduct(torch.autograd.Function):

@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftlab.memory.timeline import Timeline
 from peftlab.methods import METHODS
-from peftlab.models.attention import draw_attention_dropout_fast
+from peftlab.models.attention import SCORES, draw_attention_dropout_fast
 from peftlab.models.dropout import draw_dropout_fast
 from peftlab.models.tiny import tiny_config
 from peftlab.training.recompute import enable_checkpointing
@@ -106,6 +107,37 @@ def test_dropout_that_draws_faster(architecture: str) -> None:
     for name, gradient in gradients.items():
         assert torch.equal(repeated[name], gradient), name
     assert after <= 0.75 * before
+
+
+class Scores(TorchDispatchMode):
+    """Counts how often attention's scores are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func is SCORES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_are_made_again_where_rows_are_twice_as_long_as_a_head_is_wide(
+    autocast: bool,
+) -> None:
+    model = build("bert", "bitfit", selective=True)
+    draw_attention_dropout_fast(model)
+    head: int = model.config.hidden_size // model.config.num_attention_heads
+    for length, again in [(2 * head, True), (2 * head - 1, False)]:
+        ids = torch.randint(3, 100, (4, length))
+        with Scores() as forward, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids[:, 0] % 2).loss
+        with Scores() as backward:
+            loss.backward()
+        layers = model.config.num_hidden_layers
+        assert (forward.count, backward.count) == (layers, again * layers)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
