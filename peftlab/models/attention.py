@@ -186,13 +186,13 @@ class _Scores(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         heads: int,
-        learns: bool,
+        grad_enabled: bool,
     ) -> Tensor:
         learns_query, learns_key, *_ = ctx.needs_input_grad
         ctx.save_for_backward(query if learns_key else None, key if learns_query else None)
         ctx.scale = scale
         # For what watches operations, in the mode that torch's own would have.
-        with torch.set_grad_enabled(learns), torch._C._AutoDispatchBelowAutograd():
+        with torch.set_grad_enabled(grad_enabled), torch._C._AutoDispatchBelowAutograd():
             scores: Tensor = SCORES(query, key, bias, scale, heads)
         return scores
 
@@ -208,14 +208,14 @@ class _Scores(torch.autograd.Function):
         return grad_query, grad_key, None, None, None, None
 
 
-def _learned_scores(*arguments: Any) -> Tensor:
+def _differentiable_scores(*arguments: Any) -> Tensor:
     scores: Tensor = _Scores.apply(*arguments, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return scores
 
 
 _library.impl("attention_scores", _scores, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("attention_scores", _no_scores, "Meta")  # type: ignore[no-untyped-call]
-_library.impl("attention_scores", _learned_scores, "Autograd")  # type: ignore[no-untyped-call]
+_library.impl("attention_scores", _differentiable_scores, "Autograd")  # type: ignore[no-untyped-call]
 
 
 class _KeptProduct(torch.autograd.Function):

@@ -86,6 +86,7 @@ def plan_shape(
     labels = tuple(str(label) for label in range(num_labels))
     splits = Splits(train=(), validation=(), test=(), labels=labels)
     kind = experiment.build_kind()
+    # Late for the same reason as in plan.
     from peftlab.planning.average import lengths_of
     from peftlab.planning.experiment import plan_lengths, plan_request, request_of
 

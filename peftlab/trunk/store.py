@@ -17,6 +17,7 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -190,8 +191,8 @@ def write_segment(folder: Path, rows: Mapping[bytes, Array]) -> Path:
         "values": list(rows.values()),
     }
     name = secrets.token_hex(8)
-    prefix = f"{TEMPORARY_PREFIX}{socket.gethostname()}.{os.getpid()}."
-    path, temporary = folder / f"{name}.safetensors", folder / f"{prefix}{name}"
+    path = folder / f"{name}.safetensors"
+    temporary = folder / f"{TEMPORARY_PREFIX}{socket.gethostname()}.{os.getpid()}.{name}"
     try:
         # Rows one by one would lie in the system's cache in pieces, which are mapped more slowly.
         with temporary.open("xb", buffering=MIB) as file:
@@ -271,7 +272,7 @@ def _checksum(content: Content) -> str:
         arrays = content[name]
         digest.update(f"{name}{arrays[0].dtype.str}{_shape(arrays)}".encode())
         for array in arrays:
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -292,7 +293,9 @@ def _remove_stale(folder: Path) -> None:
             continue
         dead = host == socket.gethostname() and rest.isdigit() and not psutil.pid_exists(int(rest))
         if dead or old:
-            path.unlink(missing_ok=True)
+            # What cannot be removed is in nobody's way.
+            with suppress(OSError):
+                path.unlink()
 
 
 def trunk_cache_dir() -> Path:

@@ -155,8 +155,12 @@ def test_who_still_writes_is_left_alone(trunk_folder: Path) -> None:
     for path in (mine, others, old):
         path.write_bytes(b"x")
     os.utime(old, (0, 0))
+    strange = folder / ".tmp-elsewhere.3.abc"
+    strange.mkdir()
+    os.utime(strange, (0, 0))
     Store(folder, ABOUT)
     assert (mine.exists(), others.exists(), old.exists()) == (True, True, False)
+    assert strange.exists()
 
 
 def test_two_processes_add_at_once(trunk_folder: Path) -> None:
