@@ -1,7 +1,7 @@
 """The fused LoRA layer against PEFT's own: time of a training step, and bytes kept for backward.
 
     python benchmarks/fused_lora.py [--threads 2] [--rounds 30] [--batch 32] [--length 28]
-        [--device cuda]
+        [--device cuda] [--settings "fp32;bf16 base, fp32 adapters"]
 
 A BERT of MiniLM's shape with random weights, LoRA on all linear layers, both models in one process;
 with dropout PEFT's side once as it comes and once with peftlab's faster random numbers.
@@ -126,14 +126,19 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=28)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--settings", help="some of, with ; between: " + "; ".join(SETTINGS))
     options = parser.parse_args()
+    chosen = options.settings.split(";") if options.settings else list(SETTINGS)
+    if unknown := [name for name in chosen if name not in SETTINGS]:
+        parser.error(f"no setting {', '.join(unknown)}; there are: {'; '.join(SETTINGS)}")
     torch.set_num_threads(options.threads)
     ids = torch.randint(1000, 30000, (options.batch, options.length), device=options.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     print("| setting | PEFT s | fused s | median | of fastest | PEFT bytes kept | fused | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     met = True
-    for name, (dtype, section, bytes_bar, draws_as_here) in SETTINGS.items():
+    for name in chosen:
+        dtype, section, bytes_bar, draws_as_here = SETTINGS[name]
         models = [
             build(fused, section, dtype, fused or draws_as_here).to(options.device)
             for fused in (False, True)
