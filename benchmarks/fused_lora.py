@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from pages import wait
+from pages import some_of, wait
 from torch import Tensor, nn
 
 from peftlab.methods.lora import Lora, LoraConfig
@@ -126,18 +126,15 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=28)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--settings", help="some of, with ; between: " + "; ".join(SETTINGS))
+    parser.add_argument("--settings", type=some_of(SETTINGS), default=SETTINGS, metavar="A;B")
     options = parser.parse_args()
-    chosen = options.settings.split(";") if options.settings else list(SETTINGS)
-    if unknown := [name for name in chosen if name not in SETTINGS]:
-        parser.error(f"no setting {', '.join(unknown)}; there are: {'; '.join(SETTINGS)}")
     torch.set_num_threads(options.threads)
     ids = torch.randint(1000, 30000, (options.batch, options.length), device=options.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     print("| setting | PEFT s | fused s | median | of fastest | PEFT bytes kept | fused | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     met = True
-    for name in chosen:
+    for name in options.settings:
         dtype, section, bytes_bar, draws_as_here = SETTINGS[name]
         models = [
             build(fused, section, dtype, fused or draws_as_here).to(options.device)

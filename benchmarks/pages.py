@@ -1,7 +1,9 @@
-"""What benchmarks share: sections of a page between comments that name them, and a clock's wait."""
+"""What benchmarks share: sections of a page between comments that name them, names, a wait."""
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,18 @@ def write_section(page: Path, name: str, text: str) -> None:
     if not (opened and closed):
         raise SystemExit(f"{page} has no section {begin.strip()} … {end}")
     write_text(page, f"{before}{begin}{text.strip()}\n{end}{after}")
+
+
+def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """An argument's type: names with ; between, as some of them have a comma."""
+
+    def names(text: str) -> list[str]:
+        chosen = text.split(";")
+        if unknown := [name for name in chosen if name not in known]:
+            raise ArgumentTypeError(f"no {', '.join(unknown)}; there are: {'; '.join(known)}")
+        return chosen
+
+    return names
 
 
 def wait(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Selective recomputation against keeping everything: bytes that backward waits for, and time.
 
     python benchmarks/recompute.py [--threads 2] [--rounds 20] [--dropout 0.1]
-        [--architecture bert | llama] [--device cuda]
+        [--architecture bert | llama] [--device cuda] [--methods "prefix;lora q,v"]
 
 A classifier of MiniLM's width and depth with random weights, each method in one process, which
 keeps what it frees, as a run of peftlab does. Bytes are those that a forward leaves alive, exact:
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from pages import wait
+from pages import some_of, wait
 from torch import Tensor, nn
 
 from peftlab.memory.host_allocator import keep_freed_memory, keep_large_blocks
@@ -128,7 +128,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--architecture", choices=("bert", "llama"), default="bert")
-    parser.add_argument("--methods", help="some of: " + ", ".join(METHOD_SECTIONS))
+    methods = METHOD_SECTIONS
+    parser.add_argument("--methods", type=some_of(methods), default=methods, metavar="A;B")
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=32)
@@ -146,7 +147,7 @@ def main() -> int:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     met = True
-    for name in options.methods.split(";") if options.methods else METHOD_SECTIONS:
+    for name in options.methods:
         if (options.architecture, name) == ("llama", "bitfit"):
             continue  # Llama has no biases.
         section = METHOD_SECTIONS[name]
